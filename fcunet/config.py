@@ -1,0 +1,199 @@
+"""The settings of a run. The same names serve as YAML keys, command-line options and arguments of the API.
+
+Values come, weakest first, from the defaults below, a YAML file, environment variables (``FCUNET_OUT=...``,
+``FCUNET_DETECTION__CORR_POWER=0.9``) and explicit arguments. An unknown key is an error that names it. ``None``
+means *measure it from the data*; what was measured is printed and kept with the results.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from .schema import MAX_PEAKS
+
+Region = tuple[int, int, int, int]
+Vectors = tuple[tuple[float, float], tuple[float, float]]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DetectionConfig(_Section):
+    """How Bragg peaks are found. The six peak parameters have py4DSTEM's meaning."""
+
+    method: Literal["fcunet", "correlation"] = Field("fcunet", description="network, or correlation with the probe")
+    weights: str = Field("default", description="name of packaged weights, or the path of a weights folder")
+    threshold: float | None = Field(None, ge=0, description="network: smallest peak height kept; None = the weights' own")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="network arithmetic; auto = bf16 on CUDA")
+    batch: int | None = Field(None, ge=1, description="patterns at once; None = fitted to the device")
+
+    corr_power: float = Field(1.0, ge=0, le=1, description="1 cross, 0 phase, between: hybrid correlation")
+    kernel: Literal["flat", "gaussian", "sigmoid"] = Field("flat", description="what surrounds the probe in the kernel")
+    kernel_radii: tuple[float, float] | None = Field(None, description="inner, outer radius of the kernel's ring, px")
+    transform: Literal["none", "sqrt", "log"] = Field("log", description="applied to the counts before correlation")
+    sigma_dp: float = Field(0.0, ge=0, description="Gaussian blur of the pattern, px")
+    sigma_cc: float = Field(1.0, ge=0, description="Gaussian blur of the correlation, px")
+    subpixel: Literal["pixel", "parabola", "upsampled"] = Field("upsampled", description="position refinement")
+    upsample_factor: int = Field(16, ge=3, description="DFT upsampling factor")
+
+    min_absolute_intensity: float = Field(0.0, ge=0, description="drop peaks below this height")
+    min_relative_intensity: float = Field(0.005, ge=0, le=1, description="drop peaks below this share of one peak")
+    relative_to_peak: int = Field(0, ge=0, description="rank of that one peak, 0 = brightest")
+    min_peak_spacing: float | None = Field(None, ge=0, description="smallest distance of two peaks, px")
+    edge_boundary: int | None = Field(None, ge=0, description="margin of the detector without peaks, px")
+    max_num_peaks: int = Field(MAX_PEAKS, ge=1, description="peaks kept per pattern, and stored")
+
+
+class LatticeConfig(_Section):
+    """How a lattice is fitted to the peaks of one position."""
+
+    basis: Vectors | None = Field(None, description="g1, g2 as (y, x) in px; None = found from the peaks")
+    max_peak_spacing: float | None = Field(None, gt=0, description="largest distance of a peak from its site, px")
+    min_num_peaks: int = Field(5, ge=3, description="fewer indexed peaks: no lattice")
+    weighting: Literal["sigma", "uniform", "intensity", "intensity_squared"] = Field(
+        "sigma", description="weights of the peaks in the fit"
+    )
+    robust: bool = Field(True, description="down-weight outliers (iterated Tukey weights)")
+
+
+class StrainConfig(_Section):
+    """What the strain is relative to, and how it is expressed."""
+
+    reference: Literal["median"] | Region | Vectors = Field(
+        "median", description="median (whole scan), Y0:Y1,X0:X1 (scan region), or g1, g2 in px"
+    )
+    measure: Literal["infinitesimal", "biot", "green_lagrange", "hencky"] = "infinitesimal"
+    convention: Literal["fcunet", "py4dstem", "pyxem", "quantem"] = "fcunet"
+    rotation_degree: float | None = Field(
+        None, description="scan against detector, +x towards +y; None = as stored, else detector frame"
+    )
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _parse_region(cls, value: Any) -> Any:
+        return parse_region(value) if isinstance(value, str) and value != "median" else value
+
+
+class ClusterConfig(_Section):
+    """Where the blocks are computed."""
+
+    cluster: str = Field("local", description="local, a profile (cluster/profiles/*.yaml), or tcp://scheduler:port")
+    workers: int | None = Field(None, ge=1, description="worker processes; None = what the machine or profile has")
+    dashboard_address: str = Field("127.0.0.1:8787", description="address of the Dask dashboard")
+
+
+class Config(BaseSettings):
+    """One run: which scan, where to, and the settings of each stage."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", env_prefix="FCUNET_", env_nested_delimiter="__", frozen=True, nested_model_default_partial_update=True
+    )
+
+    store: Path | None = Field(None, description="datacube, NAME.zarr")
+    out: Path | None = Field(None, description="run directory; None = runs/NAME")
+    region: Region | None = Field(None, description="Y0:Y1,X0:X1, the part of the scan to process")
+    detection: DetectionConfig = DetectionConfig()
+    lattice: LatticeConfig = LatticeConfig()
+    strain: StrainConfig = StrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("region", mode="before")
+    @classmethod
+    def _parse_region(cls, value: Any) -> Any:
+        return parse_region(value) if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> "Config":
+        """Settings from a YAML file (may be None), the environment, and `overrides` (strongest).
+
+        `overrides` may be nested dictionaries, or flat names such as ``corr_power=0.9``: every name is unique.
+
+        Raises
+        ------
+        ValueError
+            For an unknown key (the nearest known one is suggested) or a value that does not fit.
+        FileNotFoundError
+            If `path` does not exist.
+        """
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"no such settings file: {path}")
+        nested: dict[str, Any] = {}
+        for name, value in overrides.items():
+            section = SECTION_OF.get(name)
+            if section is None:
+                nested[name] = value
+            else:
+                nested.setdefault(section, {})[name] = value
+
+        class _FromFile(cls):  # type: ignore[valid-type, misc]
+            model_config = SettingsConfigDict(yaml_file=path)
+
+        try:
+            return cls.model_construct(**dict(_FromFile(**nested)))
+        except ValidationError as err:
+            raise ValueError(_explain(err)) from None
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, to be read back with :meth:`load`."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+    def science_hash(self) -> str:
+        """SHA-256 over everything that changes the peaks: `region` and `detection` without device and batch."""
+        detection = self.detection.model_dump(mode="json", exclude={"device", "batch"})
+        text = json.dumps({"region": self.region, "detection": detection}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "detection": DetectionConfig,
+    "lattice": LatticeConfig,
+    "strain": StrainConfig,
+    "cluster": ClusterConfig,
+}
+# flat name -> section; `cluster` itself is both a section and the name of its first key
+SECTION_OF = {name: section for section, model in SECTIONS.items() for name in model.model_fields if name not in SECTIONS}
+
+
+def parse_region(text: str) -> Region:
+    """``"Y0:Y1,X0:X1"`` as four integers (y0, y1, x0, x1); ValueError if it is not of that form."""
+    try:
+        rows, columns = text.split(",")
+        y0, y1 = (int(v) for v in rows.split(":"))
+        x0, x1 = (int(v) for v in columns.split(":"))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a region of the scan; write it as Y0:Y1,X0:X1, such as 0:16,0:64") from None
+    if not (0 <= y0 < y1 and 0 <= x0 < x1):
+        raise ValueError(f"region {text!r} is empty or negative; write it as Y0:Y1,X0:X1 with Y0 < Y1 and X0 < X1")
+    return y0, y1, x0, x1
+
+
+def _explain(err: ValidationError) -> str:
+    known = [*Config.model_fields, *(f"{s}.{n}" for s, m in SECTIONS.items() for n in m.model_fields)]
+    lines = []
+    for item in err.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            lines.append(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        else:
+            lines.append(f"setting {key!r} is {item['input']!r}: {item['msg']}")
+    return "; ".join(dict.fromkeys(lines))

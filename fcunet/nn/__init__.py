@@ -1,0 +1,1 @@
+"""The networks: layers, models, and the loader of their weights."""

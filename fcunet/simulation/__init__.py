@@ -1,0 +1,1 @@
+"""Simulated diffraction: crystals, dynamical scattering, targets, detector artefacts, whole scans."""

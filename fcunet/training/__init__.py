@@ -1,0 +1,1 @@
+"""Training a network on simulated patterns, and judging it."""
