@@ -1,8 +1,8 @@
 """The settings of a run. The same names serve as YAML keys, command-line options and arguments of the API.
 
 Values come, weakest first, from the defaults below, a YAML file, environment variables (``FCUNET_OUT=...``,
-``FCUNET_DETECTION__CORR_POWER=0.9``) and explicit arguments. An unknown key is an error that names it. ``None``
-means *measure it from the data*; what was measured is printed and kept with the results.
+``FCUNET_DETECTION__CORR_POWER=0.9``) and explicit arguments. An unknown key is an error that names it.
+``None`` means *measure it from the data*; what was measured is printed and kept with the results.
 """
 
 import difflib
@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 from .schema import MAX_PEAKS
 
@@ -28,47 +33,75 @@ class _Section(BaseModel):
 class DetectionConfig(_Section):
     """How Bragg peaks are found. The six peak parameters have py4DSTEM's meaning."""
 
-    method: Literal["fcunet", "correlation"] = Field("fcunet", description="network, or correlation with the probe")
+    method: Literal["fcunet", "correlation"] = Field(
+        "fcunet", description="network, or correlation with the probe"
+    )
     weights: str = Field("default", description="name of packaged weights, or the path of a weights folder")
-    threshold: float | None = Field(None, ge=0, description="network: smallest peak height kept; None = the weights' own")
+    threshold: float | None = Field(
+        None, ge=0, description="network: smallest peak height kept; None = the weights' own"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="network arithmetic; auto = bf16 on CUDA")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="network arithmetic; auto = bf16 on CUDA"
+    )
     batch: int | None = Field(None, ge=1, description="patterns at once; None = fitted to the device")
 
     corr_power: float = Field(1.0, ge=0, le=1, description="1 cross, 0 phase, between: hybrid correlation")
-    kernel: Literal["flat", "gaussian", "sigmoid"] = Field("flat", description="what surrounds the probe in the kernel")
-    kernel_radii: tuple[float, float] | None = Field(None, description="inner, outer radius of the kernel's ring, px")
-    transform: Literal["none", "sqrt", "log"] = Field("log", description="applied to the counts before correlation")
+    kernel: Literal["flat", "gaussian", "sigmoid"] = Field(
+        "flat", description="what surrounds the probe in the kernel"
+    )
+    kernel_radii: tuple[float, float] | None = Field(
+        None, description="inner, outer radius of the kernel's ring, px"
+    )
+    transform: Literal["none", "sqrt", "log"] = Field(
+        "log", description="applied to the counts before correlation"
+    )
     sigma_dp: float = Field(0.0, ge=0, description="Gaussian blur of the pattern, px")
     sigma_cc: float = Field(1.0, ge=0, description="Gaussian blur of the correlation, px")
-    subpixel: Literal["pixel", "parabola", "upsampled"] = Field("upsampled", description="position refinement")
+    subpixel: Literal["pixel", "parabola", "upsampled"] = Field(
+        "upsampled", description="position refinement"
+    )
     upsample_factor: int = Field(16, ge=3, description="DFT upsampling factor")
 
     min_absolute_intensity: float = Field(0.0, ge=0, description="drop peaks below this height")
-    min_relative_intensity: float = Field(0.005, ge=0, le=1, description="drop peaks below this share of one peak")
+    min_relative_intensity: float = Field(
+        0.005, ge=0, le=1, description="drop peaks below this share of one peak"
+    )
     relative_to_peak: int = Field(0, ge=0, description="rank of that one peak, 0 = brightest")
     min_peak_spacing: float | None = Field(None, ge=0, description="smallest distance of two peaks, px")
     edge_boundary: int | None = Field(None, ge=0, description="margin of the detector without peaks, px")
     max_num_peaks: int = Field(MAX_PEAKS, ge=1, description="peaks kept per pattern, and stored")
 
+    @field_validator("kernel_radii", mode="before")
+    @classmethod
+    def _parse_radii(cls, value: Any) -> Any:
+        return parse_numbers(value, 2, "kernel_radii") if isinstance(value, str) else value
+
 
 class LatticeConfig(_Section):
     """How a lattice is fitted to the peaks of one position."""
 
-    basis: Vectors | None = Field(None, description="g1, g2 as (y, x) in px; None = found from the peaks")
-    max_peak_spacing: float | None = Field(None, gt=0, description="largest distance of a peak from its site, px")
+    basis: Vectors | None = Field(None, description="g1_y,g1_x,g2_y,g2_x in px; None = found from the peaks")
+    max_peak_spacing: float | None = Field(
+        None, gt=0, description="largest distance of a peak from its site, px"
+    )
     min_num_peaks: int = Field(5, ge=3, description="fewer indexed peaks: no lattice")
     weighting: Literal["sigma", "uniform", "intensity", "intensity_squared"] = Field(
         "sigma", description="weights of the peaks in the fit"
     )
     robust: bool = Field(True, description="down-weight outliers (iterated Tukey weights)")
 
+    @field_validator("basis", mode="before")
+    @classmethod
+    def _parse_basis(cls, value: Any) -> Any:
+        return parse_vectors(value) if isinstance(value, str) else value
+
 
 class StrainConfig(_Section):
     """What the strain is relative to, and how it is expressed."""
 
     reference: Literal["median"] | Region | Vectors = Field(
-        "median", description="median (whole scan), Y0:Y1,X0:X1 (scan region), or g1, g2 in px"
+        "median", description="median (whole scan), Y0:Y1,X0:X1 (scan region), or g1_y,g1_x,g2_y,g2_x in px"
     )
     measure: Literal["infinitesimal", "biot", "green_lagrange", "hencky"] = "infinitesimal"
     convention: Literal["fcunet", "py4dstem", "pyxem", "quantem"] = "fcunet"
@@ -79,14 +112,20 @@ class StrainConfig(_Section):
     @field_validator("reference", mode="before")
     @classmethod
     def _parse_region(cls, value: Any) -> Any:
-        return parse_region(value) if isinstance(value, str) and value != "median" else value
+        if not isinstance(value, str) or value == "median":
+            return value
+        return parse_region(value) if ":" in value else parse_vectors(value)
 
 
 class ClusterConfig(_Section):
     """Where the blocks are computed."""
 
-    cluster: str = Field("local", description="local, a profile (cluster/profiles/*.yaml), or tcp://scheduler:port")
-    workers: int | None = Field(None, ge=1, description="worker processes; None = what the machine or profile has")
+    cluster: str = Field(
+        "local", description="local, a profile (cluster/profiles/*.yaml), or tcp://scheduler:port"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="worker processes; None = what the machine or profile has"
+    )
     dashboard_address: str = Field("127.0.0.1:8787", description="address of the Dask dashboard")
 
 
@@ -94,7 +133,11 @@ class Config(BaseSettings):
     """One run: which scan, where to, and the settings of each stage."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", env_prefix="FCUNET_", env_nested_delimiter="__", frozen=True, nested_model_default_partial_update=True
+        extra="forbid",
+        env_prefix="FCUNET_",
+        env_nested_delimiter="__",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     store: Path | None = Field(None, description="datacube, NAME.zarr")
@@ -125,7 +168,7 @@ class Config(BaseSettings):
     def load(cls, path: str | Path | None = None, **overrides: Any) -> "Config":
         """Settings from a YAML file (may be None), the environment, and `overrides` (strongest).
 
-        `overrides` may be nested dictionaries, or flat names such as ``corr_power=0.9``: every name is unique.
+        `overrides` may be nested dictionaries, or flat names such as ``corr_power=0.9``: all are unique.
 
         Raises
         ------
@@ -157,7 +200,7 @@ class Config(BaseSettings):
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
 
     def science_hash(self) -> str:
-        """SHA-256 over everything that changes the peaks: `region` and `detection` without device and batch."""
+        """SHA-256 of what changes the peaks: `region`, and `detection` without device and batch."""
         detection = self.detection.model_dump(mode="json", exclude={"device", "batch"})
         text = json.dumps({"region": self.region, "detection": detection}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -170,7 +213,12 @@ SECTIONS: dict[str, type[_Section]] = {
     "cluster": ClusterConfig,
 }
 # flat name -> section; `cluster` itself is both a section and the name of its first key
-SECTION_OF = {name: section for section, model in SECTIONS.items() for name in model.model_fields if name not in SECTIONS}
+SECTION_OF = {
+    name: section
+    for section, model in SECTIONS.items()
+    for name in model.model_fields
+    if name not in SECTIONS
+}
 
 
 def parse_region(text: str) -> Region:
@@ -180,10 +228,31 @@ def parse_region(text: str) -> Region:
         y0, y1 = (int(v) for v in rows.split(":"))
         x0, x1 = (int(v) for v in columns.split(":"))
     except ValueError:
-        raise ValueError(f"{text!r} is not a region of the scan; write it as Y0:Y1,X0:X1, such as 0:16,0:64") from None
+        raise ValueError(
+            f"{text!r} is not a region of the scan; write it as Y0:Y1,X0:X1, such as 0:16,0:64"
+        ) from None
     if not (0 <= y0 < y1 and 0 <= x0 < x1):
-        raise ValueError(f"region {text!r} is empty or negative; write it as Y0:Y1,X0:X1 with Y0 < Y1 and X0 < X1")
+        raise ValueError(
+            f"region {text!r} is empty or negative; write it as Y0:Y1,X0:X1 with Y0 < Y1 and X0 < X1"
+        )
     return y0, y1, x0, x1
+
+
+def parse_numbers(text: str, count: int, name: str) -> tuple[float, ...]:
+    """`count` comma-separated numbers; ValueError if `text` is not that."""
+    try:
+        numbers = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ValueError(f"{text!r} is not {name}: {count} numbers with commas between them are needed")
+    return numbers
+
+
+def parse_vectors(text: str) -> Vectors:
+    """``"29.9,0.5,-0.4,50.3"`` as two vectors ((y, x), (y, x)) in px."""
+    y1, x1, y2, x2 = parse_numbers(text, 4, "a pair of vectors g1_y,g1_x,g2_y,g2_x")
+    return (y1, x1), (y2, x2)
 
 
 def _explain(err: ValidationError) -> str:

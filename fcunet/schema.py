@@ -1,7 +1,7 @@
 """Every dimension, variable and unit of the three stores, spelt once.
 
-The stores are described in prose in ``docs/concepts.md``. This module holds the names, and checks that refuse a
-dataset which does not follow them. It imports nothing of ours and no array library: the checks only look at
+The stores are described in prose in ``docs/concepts.md``. This module holds the names, and checks that refuse
+a dataset which does not follow them. It imports nothing of ours and no array library: the checks only look at
 ``dims``, ``dtype`` and ``attrs``.
 """
 
@@ -92,7 +92,10 @@ _STRAIN_NAMES = {
 }
 
 STRAIN = _table(
-    *(Variable(c, SCAN_DIMS, "f", "rad" if c == "theta" else "1", _STRAIN_NAMES[c]) for c in STRAIN_COMPONENTS),
+    *(
+        Variable(c, SCAN_DIMS, "f", "rad" if c == "theta" else "1", _STRAIN_NAMES[c])
+        for c in STRAIN_COMPONENTS
+    ),
     *(
         Variable(f"{c}_std", SCAN_DIMS, "f", "rad" if c == "theta" else "1", f"standard deviation of {c}")
         for c in STRAIN_COMPONENTS
@@ -105,10 +108,14 @@ STRAIN = _table(
 LATTICE_PARAMETERS = ("origin_qy", "origin_qx", "g1_qy", "g1_qx", "g2_qy", "g2_qx")
 LATTICE = _table(
     *(
-        Variable(p, SCAN_DIMS, "f", UNIT_PIXEL, f"{'row' if p.endswith('y') else 'column'} of {p.split('_')[0]}")
+        Variable(
+            p, SCAN_DIMS, "f", UNIT_PIXEL, f"{'row' if p.endswith('y') else 'column'} of {p.split('_')[0]}"
+        )
         for p in LATTICE_PARAMETERS
     ),
-    Variable("covariance", (*SCAN_DIMS, "parameter", "parameter2"), "f", "px^2", "covariance of the lattice fit"),
+    Variable(
+        "covariance", (*SCAN_DIMS, "parameter", "parameter2"), "f", "px^2", "covariance of the lattice fit"
+    ),
     Variable("fit_error", SCAN_DIMS, "f", UNIT_PIXEL, "rms distance of the indexed peaks from the lattice"),
     Variable("n_indexed", SCAN_DIMS, "iu", "1", "number of peaks in the lattice fit"),
     Variable("F", (*SCAN_DIMS, "row", "column"), "f", "1", "real-space deformation gradient, axes (y, x)"),
@@ -117,7 +124,9 @@ LATTICE = _table(
 DIFFRACTION = _table(
     Variable("mean", PATTERN_DIMS, "f", "counts", "mean diffraction pattern"),
     Variable("maximum", PATTERN_DIMS, "f", "counts", "maximum over the scan, pixel by pixel"),
-    Variable("bragg_vector_map", PATTERN_DIMS, "f", None, "histogram of the Bragg peaks, weighted by intensity"),
+    Variable(
+        "bragg_vector_map", PATTERN_DIMS, "f", None, "histogram of the Bragg peaks, weighted by intensity"
+    ),
 )
 
 RESULT_GROUPS: dict[str, dict[str, Variable]] = {
@@ -157,7 +166,11 @@ def check_format(attrs: Mapping[str, Any], kind: str, where: str = "this store")
 
 
 def check_variables(
-    dataset: Any, table: Mapping[str, Variable], *, required: Iterable[str] | None = None, where: str = "dataset"
+    dataset: Any,
+    table: Mapping[str, Variable],
+    *,
+    required: Iterable[str] | None = None,
+    where: str = "dataset",
 ) -> None:
     """Raise ValueError if a variable of `table` is missing from `dataset` or has other dims or dtype.
 
@@ -166,15 +179,21 @@ def check_variables(
     """
     missing = [name for name in (table if required is None else required) if name not in dataset]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, dataset)) or 'nothing'}")
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, dataset)) or 'nothing'}"
+        )
     for name, variable in table.items():
         if name not in dataset:
             continue
         array = dataset[name]
         if tuple(array.dims) != variable.dims:
-            raise ValueError(f"{name!r} in {where} has dimensions {tuple(array.dims)}, needed are {variable.dims}")
+            raise ValueError(
+                f"{name!r} in {where} has dimensions {tuple(array.dims)}, needed are {variable.dims}"
+            )
         if array.dtype.kind not in variable.kinds:
-            raise ValueError(f"{name!r} in {where} has dtype {array.dtype}, needed is kind {variable.kinds!r}")
+            raise ValueError(
+                f"{name!r} in {where} has dtype {array.dtype}, needed is kind {variable.kinds!r}"
+            )
 
 
 def check_datacube(dataset: Any, where: str = "datacube") -> None:
@@ -184,9 +203,7 @@ def check_datacube(dataset: Any, where: str = "datacube") -> None:
 
 def check_peaks(dataset: Any, where: str = "peaks") -> None:
     """Raise ValueError unless `dataset` holds padded Bragg peaks: positions, intensity and `n_peaks`."""
-    check_variables(
-        dataset, PEAKS, required=["peak_qy", "peak_qx", "peak_intensity", "n_peaks"], where=where
-    )
+    check_variables(dataset, PEAKS, required=["peak_qy", "peak_qx", "peak_intensity", "n_peaks"], where=where)
 
 
 def check_results(tree: Any, where: str = "results") -> None:
@@ -196,5 +213,7 @@ def check_results(tree: Any, where: str = "results") -> None:
             raise ValueError(f"{where} lacks the group /{group}; it has {', '.join(tree.children) or 'none'}")
     for group, table in RESULT_GROUPS.items():
         if group in tree.children:
-            required = STRAIN_COMPONENTS if group == "strain" else LATTICE_PARAMETERS if group == "lattice" else ()
+            required = (
+                STRAIN_COMPONENTS if group == "strain" else LATTICE_PARAMETERS if group == "lattice" else ()
+            )
             check_variables(tree[group].dataset, table, required=required, where=f"{where}/{group}")

@@ -1,0 +1,372 @@
+"""The ``fcunet`` command.
+
+Options that are settings (`fcunet.config`) are generated from them, so names, help and defaults have one source.
+Nothing heavy is imported before a command needs it: ``fcunet --help`` answers at once.
+"""
+
+import inspect
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .config import SECTIONS, Config
+
+app = typer.Typer(
+    name="fcunet",
+    help="Strain maps with error bars from 4D-STEM scans.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
+)
+
+StoreArgument = Annotated[Path, typer.Argument(help="datacube, NAME.zarr")]
+RunArgument = Annotated[Path, typer.Argument(help="run directory, or the peaks.zarr / strain.zarr in it")]
+SettingsOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings")]
+
+
+def _option_type(annotation: Any) -> Any:
+    """What typer is told about a setting: itself if it is simple, else text that the setting parses."""
+    members = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = members[0] if len(members) == 1 else str
+    return (
+        annotation
+        if annotation in (int, float, bool, str) or typing.get_origin(annotation) is typing.Literal
+        else str
+    )
+
+
+def with_settings(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add one option per setting of `sections`; those given arrive in the command's ``settings``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name != "settings"]
+        generated = []
+        for section in sections:
+            for name, field in SECTIONS[section].model_fields.items():
+                default = "measured" if field.default is None else field.default
+                text = f"{field.description or ''} [{default}]".strip()
+                flag = "--" + name.replace("_", "-")
+                option = typer.Option(flag, help=text, rich_help_panel=None, show_default=False)
+                kind = _option_type(field.annotation)
+                if kind is bool:
+                    option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)
+                generated.append(
+                    inspect.Parameter(
+                        name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=None,
+                        annotation=Annotated[kind | None, option],
+                    )
+                )
+        names = {p.name for p in generated}
+
+        def run(**arguments: Any) -> None:
+            settings = {n: arguments.pop(n) for n in names & set(arguments)}
+            command(**arguments, settings={n: v for n, v in settings.items() if v is not None})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + generated
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fcunet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say more; show tracebacks")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    _state["verbose"] = verbose
+
+
+_state = {"verbose": False}
+
+
+def _pair(text: str, name: str) -> tuple[int, int]:
+    """``"24,48"`` as two positive integers."""
+    try:
+        first, second = (int(v) for v in text.replace("x", ",").split(","))
+    except ValueError:
+        raise ValueError(f"--{name} is {text!r}; write two whole numbers, such as --{name} 64,64") from None
+    if first < 1 or second < 1:
+        raise ValueError(f"--{name} is {text!r}; both numbers must be at least 1")
+    return first, second
+
+
+def _quantity(text: str | None, name: str, units: tuple[str, ...]) -> tuple[float, str] | None:
+    """``"2.0 nm"`` or ``"2.0"`` as a number and a unit; the first of `units` is the default."""
+    if text is None:
+        return None
+    number, _, unit = text.strip().partition(" ")
+    try:
+        value = float(number)
+    except ValueError:
+        raise ValueError(
+            f"--{name} is {text!r}; write a number and a unit, such as '0.02 {units[0]}'"
+        ) from None
+    if (unit or units[0]) not in units:
+        raise ValueError(f"--{name} has the unit {unit!r}; known are {', '.join(units)}")
+    return value, unit or units[0]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where the demo writes")] = Path("runs/demo"),
+    scan: Annotated[str, typer.Option(help="rows,columns of the simulated scan")] = "24,48",
+    detector: Annotated[int, typer.Option(help="side of the simulated detector, px")] = 128,
+    dose: Annotated[float, typer.Option(help="electrons per pattern")] = 1e5,
+    workers: Annotated[int | None, typer.Option(help="worker processes")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the simulation")] = 0,
+) -> None:
+    """Simulate a multilayer, map its strain, compare with the truth."""
+    from .demo import run_demo
+
+    run_demo(out, scan=_pair(scan, "scan"), detector=detector, dose=dose, workers=workers, seed=seed)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="datacube to write, NAME.zarr")],
+    scan: Annotated[str, typer.Option(help="rows,columns")] = "24,48",
+    detector: Annotated[int, typer.Option(help="side of the detector, px")] = 128,
+    sample: Annotated[str, typer.Option(help="sige, uniform, gradient, flat or none")] = "sige",
+    dose: Annotated[float, typer.Option(help="electrons per pattern")] = 1e5,
+    thickness_nm: Annotated[float, typer.Option(help="foil thickness, nm")] = 25.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Simulate a scan of known strain, dynamical scattering included."""
+    from .simulation.scan import simulate as simulate_scan
+    from .store import write_datacube
+
+    dataset, truth = simulate_scan(
+        scan=_pair(scan, "scan"),
+        detector=detector,
+        sample=sample,
+        dose=dose,
+        thickness_nm=thickness_nm,
+        seed=seed,
+        return_truth=True,
+    )
+    write_datacube(out, dataset, truth=truth)
+    typer.echo(f"wrote     {out}   next: fcunet preview {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="file or folder from a microscope, or an array on disk")],
+    out: Annotated[Path, typer.Argument(help="datacube to write, NAME.zarr")],
+    scan_shape: Annotated[str | None, typer.Option(help="rows,columns, where the file does not say")] = None,
+    detector_shape: Annotated[str | None, typer.Option(help="rows,columns of a raw binary's frames")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of a raw binary, such as uint16 or >u2")] = None,
+    offset: Annotated[int, typer.Option(help="bytes before the first frame of a raw binary")] = 0,
+    scan_step: Annotated[str | None, typer.Option(help="such as '2.0 nm'")] = None,
+    q_pixel: Annotated[str | None, typer.Option(help="such as '0.0123 1/angstrom' or '0.5 mrad'")] = None,
+    beam_energy_kev: Annotated[float | None, typer.Option(help="beam energy, keV")] = None,
+    convergence_semiangle_mrad: Annotated[
+        float | None, typer.Option(help="convergence semi-angle, mrad")
+    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="vacuum probe: .npy, or any single pattern")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be written, and write nothing")
+    ] = False,
+) -> None:
+    """Convert a scan to a Zarr store; continues where it was interrupted."""
+    from .convert import convert as convert_scan
+
+    result = convert_scan(
+        source,
+        out,
+        scan_shape=_pair(scan_shape, "scan-shape") if scan_shape else None,
+        detector_shape=_pair(detector_shape, "detector-shape") if detector_shape else None,
+        dtype=dtype,
+        offset=offset,
+        scan_step=_quantity(scan_step, "scan-step", ("nm", "angstrom", "um")),
+        q_pixel=_quantity(q_pixel, "q-pixel", ("1/angstrom", "1/nm", "mrad")),
+        beam_energy_keV=beam_energy_kev,
+        convergence_semiangle_mrad=convergence_semiangle_mrad,
+        probe=probe,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        typer.echo(str(result))
+    else:
+        typer.echo(f"wrote     {out}   next: fcunet preview {out}")
+
+
+@app.command()
+def info(
+    store: Annotated[Path, typer.Argument(help="datacube, peaks store, results or run directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Say what a store holds."""
+    from .store import describe
+
+    facts = describe(store)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+        return
+    width = max(len(k) for k in facts)
+    for name, value in facts.items():
+        typer.echo(f"{name:{width}}  {value}")
+
+
+@app.command()
+@with_settings("detection", "lattice")
+def preview(
+    store: StoreArgument,
+    settings: dict[str, Any],
+    n: Annotated[int, typer.Option("-n", "--number", help="how many positions")] = 6,
+    at: Annotated[list[str] | None, typer.Option(help="Y,X; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="figure to write [NAME_preview.png]")] = None,
+    config: SettingsOption = None,
+) -> None:
+    """Look at a few patterns, with all that was measured, before the big run."""
+    from .report import preview as preview_store
+
+    positions = [_pair_from_zero(text) for text in at] if at else None
+    loaded = Config.load(config, store=store, **settings)
+    figure = out or store.with_name(store.stem + "_preview.png")
+    facts = preview_store(store, positions=positions, n=n, config=loaded, out=figure)
+    for line in facts["lines"]:
+        typer.echo(line)
+    typer.echo(f"wrote     {figure}   next: fcunet run {store}")
+
+
+def _pair_from_zero(text: str) -> tuple[int, int]:
+    try:
+        y, x = (int(v) for v in text.split(","))
+    except ValueError:
+        raise ValueError(f"--at is {text!r}; write row,column of the scan, such as --at 3,10") from None
+    return y, x
+
+
+@app.command()
+@with_settings("detection", "lattice", "strain", "cluster")
+def run(
+    store: StoreArgument,
+    settings: dict[str, Any],
+    out: Annotated[Path | None, typer.Option(help="run directory [runs/NAME]")] = None,
+    region: Annotated[str | None, typer.Option(help="Y0:Y1,X0:X1, a part of the scan")] = None,
+    config: SettingsOption = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="forget what an earlier run left in --out")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
+    ] = False,
+) -> None:
+    """Map the strain of a scan; the same command continues a stopped run."""
+    from .runner import plan
+    from .runner import run as run_pipeline
+
+    given = {"store": store} | {k: v for k, v in (("out", out), ("region", region)) if v is not None}
+    loaded = Config.load(config, **given, **settings)
+    if dry_run:
+        for line in plan(loaded):
+            typer.echo(line)
+        return
+    run_pipeline(loaded, restart=restart)
+
+
+@app.command()
+@with_settings("lattice", "strain")
+def strain(
+    run_directory: RunArgument,
+    settings: dict[str, Any],
+    config: SettingsOption = None,
+) -> None:
+    """Fit lattices and strain again from the peaks of a run; seconds, no GPU."""
+    from .runner import rerun_strain
+
+    rerun_strain(run_directory, config=config, **settings)
+
+
+@app.command()
+def report(run_directory: RunArgument) -> None:
+    """Write the figures and the report of a run again."""
+    from .runner import rewrite_report
+
+    typer.echo(f"wrote     {rewrite_report(run_directory)}")
+
+
+@app.command()
+def export(
+    run_directory: RunArgument,
+    out: Annotated[Path, typer.Argument(help="file to write")],
+    to: Annotated[str, typer.Option(help="csv, netcdf or py4dstem")] = "csv",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+) -> None:
+    """Write results for other programs: CSV, NetCDF, or EMD for py4DSTEM."""
+    from .export import export as export_results
+
+    typer.echo(f"wrote     {export_results(run_directory, out, to=to, overwrite=overwrite)}")
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file, see workflows/configs/train.yaml")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, log and weights")] = Path("runs/train"),
+    minutes: Annotated[float | None, typer.Option(help="time budget")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+) -> None:
+    """Train a network on simulated patterns; the same command continues a stopped training."""
+    from .training.loop import TrainConfig
+    from .training.loop import train as train_network
+
+    given = {k: v for k, v in (("minutes", minutes), ("device", device)) if v is not None}
+    train_network(TrainConfig.load(config, out=out, **given))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine, and say what to do about what is missing."""
+    from .doctor import examine
+
+    checks = examine()
+    for check in checks:
+        typer.echo(f"{'ok ' if check.ok else 'BAD'}  {check.name:10}  {check.finding}")
+        if not check.ok:
+            typer.echo(f"                 {check.advice}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: expected errors become one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError) as err:
+        if _state["verbose"]:
+            raise
+        name = "" if isinstance(err, ValueError | RuntimeError) else f"{type(err).__name__}: "
+        typer.echo(f"fcunet: {name}{err}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,132 @@
+"""``fcunet doctor``: is this machine ready for a run? Each check is a finding and, when red, what to do about it."""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from . import __version__
+
+_PACKAGES = ("numpy", "torch", "xarray", "zarr", "dask", "distributed", "dask-jobqueue")
+_SCRATCH_GIB = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the examination."""
+
+    name: str
+    ok: bool
+    finding: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """Run every check; none of them raises, and none leaves anything behind."""
+    return [_guarded(name, check) for name, check in _CHECKS.items()]
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as err:  # a broken installation may fail in any way; the finding is the failure
+        return Check(
+            name, False, f"{type(err).__name__}: {err}", "see the message; then: fcunet --verbose doctor"
+        )
+
+
+def _packages() -> Check:
+    found, missing = [], []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    text = f"fcunet {__version__}, Python {platform.python_version()}, " + ", ".join(found)
+    if missing:
+        return Check("versions", False, f"missing: {', '.join(missing)}", "install again: make install")
+    return Check("versions", sys.version_info >= (3, 11), text, "Python 3.11 or newer is needed")
+
+
+def _device() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        note = f" (CUDA_VISIBLE_DEVICES is {hidden!r})" if hidden is not None else ""
+        return Check("device", True, f"no CUDA device{note}: the CPU is used, {os.cpu_count()} cores")
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Check("device", True, ", ".join(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in names))
+
+
+def _scratch() -> Check:
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free / 2**30
+    return Check(
+        "scratch",
+        free >= _SCRATCH_GIB,
+        f"{folder}: {free:.1f} GiB free",
+        f"at least {_SCRATCH_GIB} GiB are needed; point TMPDIR to a larger local disk",
+    )
+
+
+def _store() -> Check:
+    import numpy as np
+    import xarray as xr
+
+    from .schema import DATACUBE_DIMS
+    from .store import open_datacube, write_datacube
+
+    patterns = np.arange(4 * 4 * 16 * 16, dtype=np.uint16).reshape(4, 4, 16, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "check.zarr"
+        write_datacube(path, xr.Dataset({"intensity": (DATACUBE_DIMS, patterns)}))
+        with open_datacube(path) as back:
+            same = bool((back["intensity"].values == patterns).all())
+    return Check(
+        "store", same, "a shard written and read back", "the disk returns other bytes than were written"
+    )
+
+
+def _weights() -> Check:
+    from .nn.weights import load_model
+
+    model = load_model("default", device="cpu")
+    count = sum(p.numel() for p in model.parameters())
+    return Check("weights", True, f"default network, {count / 1e6:.2f} M parameters, checksum right")
+
+
+def _workers() -> Check:
+    from .cluster import connect
+
+    with connect("local", workers=1, dashboard_address="127.0.0.1:0") as client:
+        answer = client.submit(os.getpid, pure=False).result(timeout=60)
+    return Check("workers", answer != os.getpid(), "a local worker started and answered", "see the log above")
+
+
+def _readers() -> Check:
+    found = []
+    for package in ("rosettasciio", "h5py", "hdf5plugin"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            return Check(
+                "readers", False, f"{package} is missing", "for vendor files: pip install 'fcunet[io]'"
+            )
+    return Check("readers", True, ", ".join(found))
+
+
+_CHECKS: dict[str, Callable[[], Check]] = {
+    "versions": _packages,
+    "device": _device,
+    "scratch": _scratch,
+    "store": _store,
+    "weights": _weights,
+    "workers": _workers,
+    "readers": _readers,
+}
