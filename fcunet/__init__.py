@@ -1,4 +1,4 @@
-"""Strain maps with error bars from 4D-STEM scans: Zarr in, FCU-Net or correlation on each pattern, xarray out.
+"""Strain maps with error bars from 4D-STEM scans: Zarr in, FCU-Net or correlation per pattern, xarray out.
 
 Everything public is imported on first use, so ``import fcunet`` costs milliseconds and a worker or a command
 loads only what it needs.

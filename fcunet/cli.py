@@ -1,6 +1,6 @@
 """The ``fcunet`` command.
 
-Options that are settings (`fcunet.config`) are generated from them, so names, help and defaults have one source.
+Options that are settings (`fcunet.config`) are generated from them: names, help and defaults have one source.
 Nothing heavy is imported before a command needs it: ``fcunet --help`` answers at once.
 """
 

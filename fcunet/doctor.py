@@ -1,4 +1,4 @@
-"""``fcunet doctor``: is this machine ready for a run? Each check is a finding and, when red, what to do about it."""
+"""``fcunet doctor``: is this machine ready for a run? Each check says what to do when it is red."""
 
 import os
 import platform
