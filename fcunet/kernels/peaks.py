@@ -188,7 +188,7 @@ def _above_those_before(image: Tensor, which: Tensor, y: Tensor, x: Tensor) -> T
 def _space_out(
     y: Tensor, x: Tensor, alive: Tensor, spacing: float, slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy choice from the highest down: columns (n, slots), whether filled, whether more were left (n,)."""
+    """Greedy choice from the highest down: columns (n, slots), if filled, if more were left (n,)."""
     alive = alive.clone()
     y, x = y.float(), x.float()
     taken, filled = [], []
@@ -209,7 +209,7 @@ def _space_out(
 
 
 def _first(alive: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `slots` True of every row: columns (n, slots), whether filled, whether more were left (n,)."""
+    """The first `slots` True of every row: columns (n, slots), if filled, if more were left (n,)."""
     n_alive = alive.sum(1)
     order = (~alive).to(torch.uint8).sort(dim=1, stable=True).indices[:, :slots]
     slot = torch.nn.functional.pad(order, (0, max(slots - order.shape[1], 0)))

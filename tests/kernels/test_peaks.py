@@ -109,7 +109,7 @@ def test_find_maxima__puts_the_larger_row_first_among_equals():
 
 def test_find_maxima__keeps_the_first_row_inside_the_edge():
     image = image_with(
-        (12, 13), (3, 6, 1.0), (2, 9, 2.0), (8, 6, 3.0), (9, 3, 4.0), (6, 9, 5.0), (5, 10, 6.0)
+        (12, 13), (2, 9, 2.0), (9, 3, 4.0), (3, 10, 6.0), (3, 6, 1.0), (8, 6, 3.0), (6, 9, 5.0)
     )
     found = {p[:2] for p in as_list(find_maxima(image, **OFF | {"edge_boundary": 3}))}
     assert found == {(3, 6), (8, 6), (6, 9)}
