@@ -1,0 +1,94 @@
+"""Zarr folders: open them with handles kept per process, add arrays, put a finished one in its place."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+
+from .provenance import to_json
+
+# counts: bit planes above the largest count are zeros and cost nothing; floats: sorted by byte
+COUNT_CODEC = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
+FLOAT_CODEC = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
+
+
+def existing(path: str | Path) -> Path:
+    """`path`, if it is a Zarr store; FileNotFoundError or ValueError with what to do if not."""
+    path = Path(path)
+    if not path.exists():
+        hint = ""
+        if path.with_name(path.name + ".partial").exists():
+            hint = f"; only {path.name}.partial is there: run the command that makes it again, it will go on"
+        raise FileNotFoundError(f"there is no store {path}{hint}")
+    if not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+        raise ValueError(f"{path} is not a Zarr store; make one with: fcunet convert {path} OUTPUT.zarr")
+    return path
+
+
+def root_attrs(path: Path) -> dict[str, Any]:
+    return dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+
+
+def has_array(path: str | Path, name: str) -> bool:
+    return any(Path(path, name, meta).exists() for meta in ("zarr.json", ".zarray"))
+
+
+def block_shape_of(array: zarr.Array) -> tuple[int, ...]:
+    return array.shards or array.chunks
+
+
+def stamp(path: Path, name: str) -> int:
+    """Changes when the array is written anew: part of the key of cached handles."""
+    for meta in ("zarr.json", ".zarray"):
+        try:
+            stat = (path / name / meta).stat()
+        except FileNotFoundError:
+            continue
+        return hash((stat.st_mtime_ns, stat.st_ino))
+    raise FileNotFoundError(f"there is no array {name!r} in {path}")
+
+
+def open_array(path: str | Path, name: str, mode: Any = "r") -> zarr.Array:
+    """An array of a store, kept open for the life of the process."""
+    path = Path(os.path.abspath(path))
+    return _open_array_cached(path, name, mode, stamp(path, name))
+
+
+@lru_cache(maxsize=256)
+def _open_array_cached(path: Path, name: str, mode: Any, _stamp: int) -> zarr.Array:
+    return zarr.open_array(path / name, mode=mode)
+
+
+def put_array(
+    group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], attrs: Mapping[Any, Any]
+) -> None:
+    """Write a small array in one chunk, replacing an earlier one of that name."""
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=values.dtype,
+        compressors=FLOAT_CODEC,
+        fill_value=np.nan if values.dtype.kind == "f" else 0,
+        dimension_names=dims,
+        attributes=to_json(attrs),
+        overwrite=True,
+    )
+    array[...] = values
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename `new` to `final`; an earlier `final` is moved away first and deleted last."""
+    if not final.exists():
+        new.rename(final)
+        return
+    old = final.with_name(f"{final.name}.old.{os.getpid()}")
+    final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old)
