@@ -88,8 +88,8 @@ def find_basis(
     indexed, present = int(fit.n_indexed.sum()), int(np.isfinite(y).sum())
     if indexed < _MIN_SHARE * present:
         raise ValueError(
-            f"no lattice describes these peaks: the best, {np.round(g, 1).tolist()} px, holds {indexed} of "
-            f"{present}; raise the detection threshold, choose a region with one crystal, or give the vectors: "
+            f"no lattice describes these peaks: the best, {np.round(g, 1).tolist()} px, holds {indexed} "
+            f"of {present}; raise the detection threshold, choose a region with one crystal, or give the vectors: "
             "basis=((g1_y, g1_x), (g2_y, g2_x))"
         )
     if origin is None:

@@ -18,7 +18,7 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 DEFAULT_SPACING = 0.3  # max_peak_spacing in units of the shortest lattice vector
-_ACCEPT = 0.15  # largest rms distance from the sites, in the same unit: random peaks have 0.18 to 0.21
+_MIN_EVIDENCE = 12.0  # smallest gain in log-likelihood of a lattice over unrelated peaks
 _CHUNK = 1 << 17  # peaks worked on at once: about 20 arrays of 1 MB
 _GROWTH = 1.7  # each round of indexing reaches this much further out
 _RIDGE = 0.5  # pull towards the given lattice while indexing, in peaks
@@ -117,8 +117,8 @@ def fit_lattice(
     Returns
     -------
     LatticeFit
-        NaN, and `n_indexed` 0, where there are too few peaks, all on one line, or scattered like random ones
-        (`fit_error` above 0.15 of the shortest vector).
+        NaN, and `n_indexed` 0, where there are too few peaks, all on one line, or no better described by a
+        lattice than by chance (a gain of less than 12 in log-likelihood).
 
     Raises
     ------
@@ -132,8 +132,8 @@ def fit_lattice(
     them by more than half a vector. Then all peaks are indexed, one per site, and the weighted least-squares
     fit is iterated with Tukey's biweight (cut 4.685 scaled standard deviations; the scale is the median
     residual, for ``"sigma"`` at least 1, so that a peak within its own error bar is never lost; the cut is
-    widened by sqrt(n / (n - 3)) for n peaks, whose residuals are no fair sample when they are few). A last fit
-    takes the peaks inside the cut at full weight.
+    widened by sqrt(n / (n - 3)) for n peaks, whose residuals are no fair sample when they are few). A last
+    fit takes the peaks inside the cut at full weight.
 
     Covariance: for ``"sigma"`` inv(A^T W A), scaled by (4 + chi^2) / (4 + degrees of freedom): with few peaks
     the stated sigmas count, with many the scatter actually seen. For ``"uniform"`` scaled by the residual
@@ -163,10 +163,10 @@ def fit_lattice(
     qy, qx = qy.reshape(n, n_slots), qx.reshape(n, n_slots)
     start = _broadcast(origin, (*lead, 2), "origin").reshape(n, 2)
     start = np.where(np.isfinite(start), start, _median_origin(start))
-    extra = [
-        None if v is None else _broadcast(v, (*lead, n_slots), name).reshape(n, n_slots)
-        for v, name in ((sigma, "sigma"), (intensity, "intensity"))
-    ]
+    if sigma is not None:
+        sigma = _broadcast(sigma, (*lead, n_slots), "sigma").reshape(n, n_slots)
+    if intensity is not None:
+        intensity = _broadcast(intensity, (*lead, n_slots), "intensity").reshape(n, n_slots)
 
     fit = LatticeFit(
         np.full((n, 2), np.nan),
@@ -178,12 +178,23 @@ def fit_lattice(
     for first in range(0, n, max(1, _CHUNK // max(n_slots, 1))):
         part = slice(first, first + max(1, _CHUNK // max(n_slots, 1)))
         block = _Block(
-            qy[part], qx[part], start[part], *(v if v is None else v[part] for v in extra), weighting
+            qy[part],
+            qx[part],
+            start[part],
+            None if sigma is None else sigma[part],
+            None if intensity is None else intensity[part],
+            weighting,
         )
         block.grow(reduced)
         block.refine(reduced, spacing, robust)
         block.store(fit, part, reduced, mix, min_num_peaks)
-    return LatticeFit(*(values.reshape(*lead, *values.shape[1:]) for values in fit))
+    return LatticeFit(
+        fit.origin.reshape(*lead, 2),
+        fit.g.reshape(*lead, 2, 2),
+        fit.covariance.reshape(*lead, 6, 6),
+        fit.fit_error.reshape(lead),
+        fit.n_indexed.reshape(lead),
+    )
 
 
 def reduce_basis(g: ArrayLike) -> tuple[Array, Array]:
@@ -296,7 +307,7 @@ class _Block:
         count = self.used.sum(1)
         # median of chi-squared with two degrees of freedom: 2 ln 2; three of `count` points are absorbed by
         # the fit
-        share = count / np.maximum(count - 3, 0.5)
+        share = np.maximum(count, 1) / np.maximum(count - 3, 0.5)
         scale2 = _row_median(squared, self.used) / (2 * np.log(2)) * share
         floor = np.where(self.has_sigma, 1.0, _MIN_SCALE**2)
         return squared / (_TUKEY**2 * np.maximum(np.nan_to_num(scale2), floor) * share)[:, None]
@@ -307,7 +318,8 @@ class _Block:
         normal, right = _normal_equations(weight, self.h, self.k, ry, rx)
         self.solvable = _well_posed(normal)
         normal[~self.solvable], right[~self.solvable] = np.eye(3), 0
-        self.inverse = np.linalg.inv(normal)
+        total = normal[:, :1, :1].copy()  # robust weights can be all but zero
+        self.inverse = np.linalg.inv(normal / total) / total
         step = self.inverse @ right
         self.origin, self.g = self.origin + step[:, 0], self.g + step[:, 1:]
 
@@ -320,7 +332,7 @@ class _Block:
         same_hand = np.linalg.det(self.g) * np.linalg.det(g_start) > 0
         spread, _ = _normal_equations(self.used.astype(np.float64), self.h, self.k, ry, rx)
         found = self.solvable & _well_posed(spread) & (count >= min_num_peaks) & same_hand
-        found &= error <= _ACCEPT * np.sqrt((g_start**2).sum(1).min())
+        found &= (count <= 3) | (self._evidence(squared.sum(1), count, g_start) > _MIN_EVIDENCE)
 
         back = np.eye(3)
         back[1:, 1:] = np.linalg.inv(mix)  # given = inv(mix) @ reduced
@@ -330,6 +342,16 @@ class _Block:
         fit.covariance[part] = np.where(found[:, None, None], covariance.reshape(-1, 6, 6), np.nan)
         fit.fit_error[part] = np.where(found, error, np.nan)
         fit.n_indexed[part] = np.where(found, count, 0)
+
+    def _evidence(self, chi2, count, g_start):
+        """Gain in log-likelihood of `count` peaks at sites of a lattice over all peaks anywhere in its cell."""
+        area = np.abs(np.linalg.det(g_start))
+        variance = np.maximum(chi2 / np.maximum(2 * count - 6, 1), 1e-6 * area)  # per axis
+        rest = self.present.sum(1) - count
+        share = count / np.maximum(count + rest, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inside = count * (np.log(share * area / (2 * np.pi * variance)) - 1)
+            return inside + np.where(rest > 0, rest * np.log1p(-share), 0)
 
     def _covariance(self, squared, count):
         """Covariance (n, 3, 3) of one axis of (origin, g1, g2)."""
@@ -362,10 +384,19 @@ def _fractional(y, x, inverse):
 def _nearest_site(y, x, origin, g):
     """Indices (as floats) of the nearest sites, and squared distances from them; g reduced, (n, 2, 2)."""
     y, x = y - origin[:, :1], x - origin[:, 1:]
-    h, k = (np.rint(i) for i in _fractional(y, x, np.linalg.inv(g)))
+    h, k = (np.rint(i) for i in _fractional(y, x, _inverse(g)))
     ry = y - h * g[:, 0, 0, None] - k * g[:, 1, 0, None]
     rx = x - h * g[:, 0, 1, None] - k * g[:, 1, 1, None]
     return h, k, ry**2 + rx**2
+
+
+def _inverse(g):
+    """inv(g) for g (n, 2, 2), zero where g is singular."""
+    determinant = g[:, 0, 0] * g[:, 1, 1] - g[:, 0, 1] * g[:, 1, 0]
+    singular = np.abs(determinant) <= 1e-9 * (g**2).sum((1, 2))
+    scale = np.where(singular, 0, 1 / np.where(singular, 1, determinant))
+    adjugate = np.stack([g[:, 1, 1], -g[:, 0, 1], -g[:, 1, 0], g[:, 0, 0]], -1)
+    return (adjugate * scale[:, None]).reshape(-1, 2, 2)
 
 
 def _one_per_site(h, k, distance2, candidates):
