@@ -140,6 +140,11 @@ def read_block(path: str | Path, iy: int, ix: int) -> np.ndarray:
     return cube[BlockGrid(pair(cube.shape), pair(cube.block_shape)).slices(iy, ix)]
 
 
+def read_region(path: str | Path, ys: slice, xs: slice) -> np.ndarray:
+    """Patterns of any scan region, shape (y, x, qy, qx), in the stored dtype; errors as in `read_block`."""
+    return _Cube(Path(path))[ys, xs]
+
+
 class _Cube:
     """The stored `intensity` as Dask reads it: a path when pickled; errors name block and file."""
 
