@@ -89,8 +89,8 @@ def find_basis(
     if indexed < _MIN_SHARE * present:
         raise ValueError(
             f"no lattice describes these peaks: the best, {np.round(g, 1).tolist()} px, holds {indexed} "
-            f"of {present}; raise the detection threshold, choose a region with one crystal, or give the vectors: "
-            "basis=((g1_y, g1_x), (g2_y, g2_x))"
+            f"of {present}; raise the detection threshold, choose a region with one crystal, or give the "
+            "vectors: basis=((g1_y, g1_x), (g2_y, g2_x))"
         )
     if origin is None:
         centre = np.median(fit.origin[valid], axis=0)

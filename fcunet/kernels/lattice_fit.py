@@ -344,7 +344,7 @@ class _Block:
         fit.n_indexed[part] = np.where(found, count, 0)
 
     def _evidence(self, chi2, count, g_start):
-        """Gain in log-likelihood of `count` peaks at sites of a lattice over all peaks anywhere in its cell."""
+        """Gain in log-likelihood of `count` peaks at lattice sites over all peaks anywhere in the cell."""
         area = np.abs(np.linalg.det(g_start))
         variance = np.maximum(chi2 / np.maximum(2 * count - 6, 1), 1e-6 * area)  # per axis
         rest = self.present.sum(1) - count
@@ -448,7 +448,8 @@ def _well_posed(normal):
         moments = normal[:, 1:, 1:] / total[:, None, None] - mean[:, :, None] * mean[:, None, :]
     trace = moments[:, 0, 0] + moments[:, 1, 1]
     determinant = moments[:, 0, 0] * moments[:, 1, 1] - moments[:, 0, 1] ** 2
-    return (total > 0) & (determinant > 1e-9 * trace**2) & (trace > 0)
+    # smaller spreads and areas than these are rounding errors, not sites
+    return (trace > 1e-10 * (1 + (mean**2).sum(1))) & (determinant > 1e-9 * trace**2)
 
 
 def _row_median(values, where):
