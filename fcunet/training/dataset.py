@@ -1,0 +1,691 @@
+"""Training data on the fly: a pool of scattered orientations, drawn over and over on random detectors.
+
+Dynamical scattering is slow (some 15 orientations per second and core) and drawing is fast (hundreds of
+patterns), so the pool keeps the disk polynomials of some hundred to thousand orientations at several
+thicknesses, and every sample draws one of them anew: rotation, mirror, camera length, aperture, ellipse,
+window, dose, blur, backgrounds and faults. New orientations replace the oldest as training goes on.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..simulation import detector
+from ..simulation.crystals import Crystal, load_crystals, vary
+from ..simulation.scattering import (
+    N_COEFFICIENTS,
+    Beams,
+    StructureFactors,
+    scatter,
+    select_beams,
+    tilt_rotation,
+    wavelength,
+    zone_rotation,
+)
+from ..simulation.target import coincident_groups, reflection_amplitudes
+
+N_SPOTS = 128
+_SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
+
+
+@dataclass
+class TrainingBatch:
+    """Patterns, probes and the spots they should be read as; torch tensors on one device.
+
+    Attributes
+    ----------
+    pattern : Tensor, shape (n, H, W), float32
+        Counts.
+    probe : Tensor, shape (n, H, W), float32
+        Vacuum probe in counts, centred at (H // 2, W // 2).
+    spot_position : Tensor, shape (n, S, 2)
+        (y, x) in px, NaN-padded; spots in a margin outside the frame are listed too.
+    spot_amplitude : Tensor, shape (n, S)
+        |V_g| with the taper of `simulation.target`, volts; 0 for a lit forbidden reflection, NaN-padded.
+    spot_electrons : Tensor, shape (n, S)
+        Expected elastic electrons in the whole disk (before detector faults), NaN-padded.
+    radius, dose, origin : Tensor, shape (n,), (n,), (n, 2)
+        Disk radius in px, electrons in the incident probe, position of the direct beam in px.
+    """
+
+    pattern: Tensor
+    probe: Tensor
+    spot_position: Tensor
+    spot_amplitude: Tensor
+    spot_electrons: Tensor
+    radius: Tensor
+    dose: Tensor
+    origin: Tensor
+
+    def to(self, device: torch.device | str) -> "TrainingBatch":
+        """The same batch on another device."""
+        return TrainingBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.pattern)
+
+
+@dataclass
+class Pool:
+    """Scattered orientations; arrays with one row per orientation.
+
+    Attributes
+    ----------
+    position : ndarray, shape (p, S, 2), float32
+        Detector-plane part of g as (y, x), 1/angstrom; NaN-padded, direct beam first.
+    amplitude : ndarray, shape (p, S), float32
+        Target amplitude, volts.
+    leader : ndarray, shape (p, S), int16
+        Strongest reflection at the same place.
+    coefficients : ndarray, shape (p, Z, S, 45), float16
+        Disk polynomials divided by `scale` (p, Z, S).
+    thickness : ndarray, shape (p, Z)
+        Angstrom.
+    aperture, spacing : ndarray, shape (p,)
+        Radius of the aperture the polynomials reach, and shortest distance of two spots, 1/angstrom.
+    energy, mistilt : ndarray, shape (p,)
+        keV, mrad (NaN for a general orientation).
+    crystal : ndarray of str, shape (p,)
+    """
+
+    position: np.ndarray
+    amplitude: np.ndarray
+    leader: np.ndarray
+    coefficients: np.ndarray
+    scale: np.ndarray
+    thickness: np.ndarray
+    aperture: np.ndarray
+    spacing: np.ndarray
+    energy: np.ndarray
+    mistilt: np.ndarray
+    crystal: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.aperture)
+
+    @staticmethod
+    def concatenate(pools: Sequence["Pool"]) -> "Pool":
+        """One pool after the other."""
+        return Pool(**{f.name: np.concatenate([getattr(p, f.name) for p in pools]) for f in fields(Pool)})
+
+    def last(self, n: int) -> "Pool":
+        """The newest `n` orientations."""
+        return Pool(**{f.name: getattr(self, f.name)[-n:] for f in fields(Pool)})
+
+
+def save_pool(pool: Pool, path: str | Path) -> None:
+    """Write a pool as .npz; a reader never sees half a file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial.npz")
+    np.savez(partial, **{f.name: getattr(pool, f.name) for f in fields(Pool)})
+    partial.replace(path)
+
+
+def load_pool(path: str | Path) -> Pool:
+    """Read a pool written by `save_pool`."""
+    with np.load(path) as stored:
+        missing = [f.name for f in fields(Pool) if f.name not in stored]
+        if missing:
+            raise ValueError(f"{path} is not a pool of orientations: it lacks {', '.join(missing)}")
+        return Pool(**{f.name: stored[f.name] for f in fields(Pool)})
+
+
+# --- orientations
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Orientation:
+    crystal: str
+    beams: Beams
+    semiangle_mrad: float
+    spacing: float
+    mistilt: float
+
+
+def _random_rotation(rng: np.random.Generator) -> np.ndarray:
+    q = rng.normal(size=4)
+    w, x, y, z = q / np.linalg.norm(q)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def _low_index_zone(rng: np.random.Generator) -> np.ndarray:
+    while True:
+        zone = rng.integers(-3, 4, 3) if rng.random() < 0.3 else rng.integers(-1, 2, 3)
+        if zone.any() and np.gcd.reduce(zone) == 1:
+            return zone
+
+
+def shortest_spacing(beams: Beams, *, n_strong: int = 40, s_max: float = 0.05) -> float:
+    """Shortest distance in the detector plane between two of the strongest reflections, 1/angstrom; 0 if too
+    few."""
+    near = beams.s.abs() < s_max
+    position = beams.position[near][:n_strong].double()
+    if len(position) < 3:
+        return 0.0
+    distance = torch.pdist(position)
+    apart = distance[distance > 5e-3]  # reflections of two Laue zones may coincide
+    return float(apart.min()) if len(apart) else 0.0
+
+
+def draw_orientation(
+    factors: StructureFactors,
+    rng: np.random.Generator,
+    *,
+    n_beams: int = 160,
+    g_max: float = 2.2,
+    s_max: float = 0.08,
+) -> _Orientation | None:
+    """One random orientation, voltage and aperture of a crystal; None where disks would overlap or spots be
+    too few.
+
+    Four in five orientations are zone axes [uvw], |u|, |v|, |w| <= 3 with a mistilt of 0 to 10 mrad, nearly
+    half of them below 2 mrad where a few strong beams hold the dose; the rest are uniform over the sphere.
+    Voltage 60 to 300 kV, semiangle 0.5 to 3.5 mrad: from two fifths of the angle where disks touch to just
+    beyond it. Smaller semiangles come from drawing a part of the aperture only.
+    """
+    energy = (
+        float(rng.choice([60.0, 80.0, 120.0, 200.0, 200.0, 300.0, 300.0]))
+        if rng.random() < 0.7
+        else rng.uniform(60, 300)
+    )
+    if rng.random() < 0.8:
+        tilt = rng.uniform(0, 2) if rng.random() < 0.45 else rng.uniform(2, 10)
+        angle = rng.uniform(0, 2 * np.pi)
+        rotation = tilt_rotation([tilt * np.sin(angle), tilt * np.cos(angle)]) @ zone_rotation(
+            factors.crystal, _low_index_zone(rng)
+        )
+    else:
+        tilt = np.nan
+        rotation = _random_rotation(rng)
+    beams = select_beams(factors, rotation, energy, n_beams=n_beams, g_max=g_max, s_max=s_max)
+    amplitude = reflection_amplitudes(beams)
+    if int(((beams.s.abs() < 0.012) & (amplitude > 0.04 * amplitude[0])).sum()) < 9:
+        return None
+    spacing = shortest_spacing(beams)
+    # half the shortest distance, less a gap; one in ten may overlap a little
+    share = 0.62 if rng.random() < 0.1 else 0.47
+    cap = share * spacing * wavelength(energy) * 1e3
+    semiangle = min(cap * rng.uniform(0.4, 1.0), 3.5)
+    if semiangle < 0.5:
+        return None
+    return _Orientation(factors.crystal.name, beams, semiangle, spacing, float(tilt))
+
+
+def count_forbidden(beams: Beams, *, n_strong: int = 50) -> int:
+    """Reflections with V_g = 0 among the most important beams."""
+    amplitude = reflection_amplitudes(beams)
+    near = (beams.s.abs() < 0.03)[:n_strong]
+    return int(((amplitude[:n_strong] == 0) & near).sum())
+
+
+def draw_thicknesses(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Thicknesses in angstrom, sorted: 2 to 150 nm, four in five between 5 and 80."""
+    low = np.where(
+        rng.random(n) < 0.8, rng.uniform(50, 800, n), np.exp(rng.uniform(np.log(20), np.log(1500), n))
+    )
+    return np.sort(low)
+
+
+def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness: np.ndarray) -> Pool:
+    p, z = thickness.shape
+    out = Pool(
+        position=np.full((p, N_SPOTS, 2), np.nan, np.float32),
+        amplitude=np.zeros((p, N_SPOTS), np.float32),
+        leader=np.zeros((p, N_SPOTS), np.int16),
+        coefficients=np.zeros((p, z, N_SPOTS, N_COEFFICIENTS), np.float16),
+        scale=np.zeros((p, z, N_SPOTS), np.float32),
+        thickness=thickness.astype(np.float32),
+        aperture=np.zeros(p, np.float32),
+        spacing=np.array([o.spacing for o in orientations], np.float32),
+        energy=np.array([o.beams.energy_keV for o in orientations], np.float32),
+        mistilt=np.array([o.mistilt for o in orientations], np.float32),
+        crystal=np.array([o.crystal for o in orientations], "U24"),
+    )
+    mean = detector.mean_over_aperture(torch.ones(1, device=coefficients.device))[0]
+    for i, o in enumerate(orientations):
+        n = len(o.beams)
+        amplitude = reflection_amplitudes(o.beams)
+        light = (coefficients[i, :, :n] @ mean).clamp_min(0).amax(0)  # (n,)
+        worth = torch.maximum(light / light.max(), (amplitude / amplitude[0]) ** 2)
+        worth[0] = torch.inf
+        kept = torch.argsort(worth, descending=True, stable=True)[:N_SPOTS]
+        m = len(kept)
+        aperture = o.semiangle_mrad * 1e-3 / wavelength(o.beams.energy_keV)
+        position = o.beams.position[kept]
+        chosen = coefficients[i][:, kept]
+        scale = chosen.abs().amax(-1).clamp_min(1e-12)
+        out.position[i, :m] = position.cpu().numpy()
+        out.amplitude[i, :m] = amplitude[kept].cpu().numpy()
+        strength = torch.maximum(amplitude[kept], 1e-3 * amplitude[0] * light[kept].sqrt())
+        strength[0] = torch.inf
+        out.leader[i, :m] = coincident_groups(position, strength, 0.12 * aperture).cpu().numpy()
+        out.coefficients[i, :, :m] = (chosen / scale[..., None]).cpu().numpy()
+        out.scale[i, :, :m] = scale.cpu().numpy()
+        out.aperture[i] = aperture
+    return out
+
+
+def make_orientations(
+    crystals: Sequence[Crystal],
+    n: int,
+    rng: np.random.Generator,
+    *,
+    n_thicknesses: int = 4,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    jitter: bool = True,
+) -> Pool:
+    """Scatter `n` random orientations of random crystals.
+
+    Half of the orientations are wanted rich in forbidden reflections that double diffraction can light up (at
+    least 4 among the 50 most important beams): others are dropped at random until that share is met.
+    """
+    waiting: list[_Orientation] = []
+    done: list[Pool] = []
+    accepted = rich = 0
+    prototypes = sorted({c.prototype for c in crystals})
+    members = {p: [c for c in crystals if c.prototype == p] for p in prototypes}
+    while accepted < n:
+        # every prototype equally often, simple structures with many members not more
+        family = members[prototypes[rng.integers(len(prototypes))]]
+        crystal = family[rng.integers(len(family))]
+        if jitter:
+            crystal = vary(crystal, rng, substitute=0.35)
+        factors = StructureFactors(crystal, g_max=4.4, absorption=rng.uniform(0.0, 0.12), device=device)
+        taken = 0
+        for _ in range(8):
+            drawn = draw_orientation(factors, rng)
+            if drawn is None:
+                continue
+            is_rich = count_forbidden(drawn.beams) >= 4
+            if not is_rich and accepted - rich > 0.5 * (accepted + 1) and rng.random() < 0.7:
+                continue
+            waiting.append(drawn)
+            accepted += 1
+            rich += is_rich
+            taken += 1
+            if taken == 3 or accepted == n:
+                break
+        while len(waiting) >= batch or (waiting and accepted >= n):
+            part, waiting = waiting[:batch], waiting[batch:]
+            thickness = np.stack([draw_thicknesses(rng, n_thicknesses) for _ in part])
+            coefficients = scatter([o.beams for o in part], [o.semiangle_mrad for o in part], thickness)
+            done.append(_pack(part, coefficients, thickness))
+    return Pool.concatenate(done)
+
+
+# --- drawing
+# --------------------------------------------------------------------------------------------------------
+
+
+def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
+    return low * (high / low) ** u
+
+
+class PatternSource:
+    """An endless source of training batches.
+
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+        Crystals to scatter from; prototypes do not cross splits.
+    size : int
+        Frame edge in px.
+    device : torch.device or str
+        Where patterns are scattered and drawn.
+    seed : int
+        Same seed, same device, same batches in the same order (unless `pool` differs).
+    pool : Pool or path, optional
+        Orientations computed before (`save_pool`); computed now if absent.
+    pool_size : int
+        Orientations kept; without `pool` a first `start_size` are made at once and the pool grows to this
+        size.
+    refresh : float
+        New orientations per batch drawn: 0 freezes the pool (validation).
+    dose : (low, high), optional
+        Log-uniform electrons per pattern instead of the training distribution, for test sets.
+    clean : bool
+        No backgrounds, no blur beyond the pixel, no faults: only scattering, geometry and counting noise.
+
+    Notes
+    -----
+    Distributions: disk radius 2.5 to 25 px (three in four 4 to 12), spots at least 10 px apart; half the
+    frames are off-centre windows of a pattern twice as large; dose 2e3 to 1e7, mostly 2e3 to 1e5; Gaussian
+    point spread to 1.5 px.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 128,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        pool: Pool | str | Path | None = None,
+        pool_size: int = 2000,
+        start_size: int = 64,
+        refresh: float = 0.0,
+        dose: tuple[float, float] | None = None,
+        clean: bool = False,
+        flat: float = 0.08,
+    ) -> None:
+        self.crystals = load_crystals(split)
+        self.size = size
+        self.device = torch.device(device)
+        self.pool_size = pool_size
+        self.refresh = refresh
+        self.dose = dose
+        self.clean = clean
+        self.flat = flat
+        self._rng = np.random.default_rng([_SPLIT_SEEDS[split], seed])
+        self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
+        if isinstance(pool, str | Path):
+            pool = load_pool(pool)
+        self.pool = (
+            pool
+            if pool is not None
+            else make_orientations(self.crystals, start_size, self._rng, device=device)
+        )
+        self._owed = 0.0
+        self._tensors: dict[str, Tensor] = {}
+        self._rich = torch.empty(0, dtype=torch.int64)
+        self._upload()
+
+    def _upload(self) -> None:
+        names = ("position", "amplitude", "leader", "coefficients", "scale", "aperture", "spacing")
+        self._tensors = t = {
+            name: torch.from_numpy(getattr(self.pool, name)).to(self.device) for name in names
+        }
+        # light in the middle of the disk, rough but enough to tell what is lit
+        light = (t["coefficients"][..., 0].float() * t["scale"]).amax(1)
+        lit = (t["amplitude"] == 0) & (light > 5e-4)
+        self._rich = torch.nonzero(lit.sum(1) >= 5).squeeze(1)
+
+    def set_pool(self, pool: Pool | str | Path) -> None:
+        """Go on with another pool of orientations."""
+        self.pool = load_pool(pool) if isinstance(pool, str | Path) else pool
+        self._upload()
+
+    def grow(self, n: int) -> None:
+        """Scatter `n` new orientations; the oldest beyond `pool_size` are dropped."""
+        fresh = make_orientations(self.crystals, n, self._rng, device=self.device)
+        self.pool = Pool.concatenate([self.pool, fresh]).last(self.pool_size)
+        self._upload()
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        while True:
+            yield self.batch(32)
+
+    def _rand(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self._generator).to(self.device)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self.device)
+
+    def _randint(self, high: int, n: int) -> Tensor:
+        return torch.randint(high, (n,), generator=self._generator).to(self.device)
+
+    def batch(self, n: int) -> TrainingBatch:
+        """Draw `n` new samples."""
+        self._owed += self.refresh
+        if self._owed >= 8:
+            self.grow(int(self._owed))
+            self._owed -= int(self._owed)
+        return self._draw(n)
+
+    def _draw(self, n: int) -> TrainingBatch:
+        t = self._tensors
+        which = self._choose_orientations(n)
+        aperture, spacing = t["aperture"][which], t["spacing"][which]
+        coefficients = self._choose_coefficients(which)
+        fraction = torch.where(self._rand(n) < 0.3, 1.0, _log_uniform(self._rand(n), 0.6, 1.0))
+        radius, px, affine = self._choose_camera(aperture * fraction, spacing)
+        matrix = torch.linalg.inv(affine) / radius[:, None, None]  # px to aperture units
+        origin = self._choose_origin(n)
+        position = origin[:, None] + torch.einsum(
+            "nij,nkj->nki", affine / px[:, None, None], t["position"][which]
+        )
+        dose = self._choose_dose(n)
+        u = self._rand(n, 8)
+        tds = torch.where(u[:, 0] < 0.8, 0.005 + 0.095 * u[:, 1], 0.0)
+        lorentz = torch.where(u[:, 2] < 0.5, 0.15 * u[:, 3] ** 2, 0.0)
+        glass = torch.where(u[:, 4] < 0.25, 0.12 * u[:, 5], 0.0)
+        if self.clean:
+            tds, lorentz, glass = tds * 0, lorentz * 0, glass * 0
+        elastic = dose * (1 - tds - lorentz - glass)
+        blur = 0.1 + 0.9 * self._rand(n) ** 2
+        psf = torch.where(self._rand(n) < 0.3, 0.3 * self._rand(n), 0.3 + 1.2 * self._rand(n))
+        if self.clean:
+            blur, psf = blur * 0 + 0.3, psf * 0
+        tilted = torch.where(self._rand(n, 1) < 0.3, 0.1 * self._randn(n, 2).clamp(-1, 1), 0.0)
+        pad = 16
+        frames = detector.render_disks(
+            coefficients, position + pad, matrix, fraction, (self.size + 2 * pad, self.size + 2 * pad),
+            electrons=elastic, edge_blur_px=blur, illumination=tilted,
+        )  # fmt: skip
+        probe = self._draw_probe(matrix, fraction, radius, dose, blur, psf, tilted)
+        frames = self._inelastic(frames, psf, px)[:, pad:-pad, pad:-pad]
+        frames = self._add_backgrounds(frames, origin, px, dose * tds, dose * lorentz, dose * glass)
+        frames = detector.count_electrons(frames, self._generator if self.device.type == "cpu" else None)
+        if not self.clean:
+            frames = self._add_faults(frames, origin, radius)
+        spots = self._list_spots(which, position, coefficients, fraction, elastic, radius)
+        return TrainingBatch(frames, probe, *spots, radius, dose, origin)
+
+    def _choose_orientations(self, n: int) -> Tensor:
+        """Half of the samples from orientations rich in lit forbidden reflections, as far as there are
+        any."""
+        which = self._randint(len(self.pool), n)
+        if len(self._rich):
+            rich = self._rich[self._randint(len(self._rich), n)]
+            which = torch.where(self._rand(n) < 0.45, rich, which)
+        return which
+
+    def _choose_coefficients(self, which: Tensor) -> Tensor:
+        """Disk polynomials of the chosen orientations; sometimes a mixture of two thicknesses (wedge), or
+        flat disks."""
+        t, n = self._tensors, len(which)
+        z = t["coefficients"].shape[1]
+        first, second = self._randint(z, n), self._randint(z, n)
+        share = torch.where(self._rand(n) < 0.2, self._rand(n), 0.0)
+        out = (
+            t["coefficients"][which, first].float()
+            * (t["scale"][which, first] * (1 - share[:, None]))[..., None]
+        )
+        mixed = torch.nonzero(share > 0).squeeze(1)
+        if len(mixed):
+            w, s = which[mixed], second[mixed]
+            out[mixed] += t["coefficients"][w, s].float() * (t["scale"][w, s] * share[mixed, None])[..., None]
+        flat = torch.nonzero(self._rand(n) < self.flat).squeeze(1)
+        if len(flat):
+            mean = out[flat] @ detector.mean_over_aperture(torch.ones(1, device=self.device))[0]
+            out[flat] = 0.0
+            out[flat, :, 0] = mean.clamp_min(0)
+        return out
+
+    def _choose_camera(self, aperture: Tensor, spacing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Disk radius (px), pixel size (1/angstrom) and the affine map (n, 2, 2) from g/px to detector px."""
+        n = len(aperture)
+        u = self._rand(n)
+        radius = torch.where(self._rand(n) < 0.75, _log_uniform(u, 4.0, 12.0), _log_uniform(u, 2.5, 25.0))
+        ratio = spacing / aperture
+        # a few spots at least: spacing below a fifth to a half of the frame
+        spread = 0.15 + 0.35 * self._rand(n) ** 2
+        radius = torch.minimum(torch.maximum(radius, 10 / ratio), spread * max(self.size, 128) / ratio)
+        radius = radius.clamp(2.5, 25.0)
+        angle = 2 * math.pi * self._rand(n)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+        turn[:, :, 1] *= torch.where(self._rand(n) < 0.5, 1.0, -1.0)[:, None]
+        u = self._rand(n)
+        stretch = (
+            torch.where(u < 0.3, 0.0, torch.where(u < 0.9, 0.03 * self._rand(n), 0.05 * self._rand(n))) / 2
+        )
+        axis = math.pi * self._rand(n)
+        c2, s2 = torch.cos(2 * axis) * stretch, torch.sin(2 * axis) * stretch
+        ellipse = torch.stack([torch.stack([1 + c2, s2], -1), torch.stack([s2, 1 - c2], -1)], -2)
+        return radius, aperture / radius, ellipse @ turn
+
+    def _choose_origin(self, n: int) -> Tensor:
+        """Direct beam: half near the centre (descan), half anywhere such that a window of a larger pattern is
+        seen."""
+        centred = self.size // 2 + 8 * (2 * self._rand(n, 2) - 1)
+        window = self.size * (1.5 * self._rand(n, 2) - 0.25)
+        return torch.where(self._rand(n, 1) < 0.5, centred, window)
+
+    def _choose_dose(self, n: int) -> Tensor:
+        if self.dose is not None:
+            return _log_uniform(self._rand(n), *self.dose)
+        u, v = self._rand(n), self._rand(n)
+        low = _log_uniform(v, 2e3, 1e5)
+        return torch.where(
+            u < 0.7, low, torch.where(u < 0.95, _log_uniform(v, 1e5, 1e6), _log_uniform(v, 1e6, 1e7))
+        )
+
+    def _draw_probe(
+        self,
+        matrix: Tensor,
+        fraction: Tensor,
+        radius: Tensor,
+        dose: Tensor,
+        blur: Tensor,
+        psf: Tensor,
+        tilted: Tensor,
+    ) -> Tensor:
+        n = len(matrix)
+        crop = min(self.size, 64 if float(radius.max()) < 24 else 96)
+        disk = torch.zeros(n, 1, N_COEFFICIENTS, device=self.device)
+        disk[..., 0] = 1.0
+        centre = torch.full((n, 1, 2), float(crop // 2), device=self.device)
+        electrons = (dose * _log_uniform(self._rand(n), 5.0, 100.0)).clamp_min(2e4)
+        image = detector.render_disks(
+            disk, centre, matrix, fraction, (crop, crop),
+            electrons=electrons, edge_blur_px=blur, illumination=tilted,
+        )  # fmt: skip
+        image = detector.blur_frames(image, psf_px=psf)
+        image = detector.count_electrons(image, self._generator if self.device.type == "cpu" else None)
+        start = self.size // 2 - crop // 2
+        probe = torch.zeros(n, self.size, self.size, device=self.device)
+        probe[:, start : start + crop, start : start + crop] = image
+        return probe
+
+    def _inelastic(self, frames: Tensor, psf: Tensor, px: Tensor) -> Tensor:
+        """Point spread for all; plasmon losses for a third, a scintillator's tail for a tenth."""
+        if self.clean:
+            return frames
+        n = len(frames)
+        u = self._rand(n)
+        out = frames.clone()
+        plain, lossy, tail = u < 0.57, u >= 0.67, (u >= 0.57) & (u < 0.67)
+        if plain.any():
+            out[plain] = detector.blur_frames(frames[plain], psf_px=psf[plain])
+        if lossy.any():
+            m = int(lossy.sum())
+            out[lossy] = detector.blur_frames(
+                frames[lossy],
+                psf_px=psf[lossy],
+                loss=0.4 * self._rand(m),
+                loss_px=_log_uniform(self._rand(m), 0.0015, 0.1) / px[lossy],
+                cutoff_px=(0.2 + 0.3 * self._rand(m)) / px[lossy],
+            )
+        if tail.any():
+            m = int(tail.sum())
+            out[tail] = detector.blur_frames(
+                frames[tail], psf_px=psf[tail], tail=0.1 * self._rand(m), tail_px=3 + 5 * self._rand(m)
+            )
+        return out
+
+    def _add_backgrounds(
+        self, frames: Tensor, origin: Tensor, px: Tensor, tds: Tensor, lorentz: Tensor, glass: Tensor
+    ) -> Tensor:
+        if self.clean:
+            return frames
+        n, shape = len(frames), (self.size, self.size)
+        distance2 = detector.squared_distance(origin, shape)
+        frames = frames + tds[:, None, None] * detector.thermal_background(
+            distance2, (0.6 + 0.5 * self._rand(n)) / px
+        )
+        some = lorentz > 0
+        if some.any():
+            m = int(some.sum())
+            frames[some] += lorentz[some, None, None] * detector.lorentzian_background(
+                distance2[some], _log_uniform(self._rand(m), 0.02, 0.3) / px[some], 1.5 / px[some]
+            )
+        some = glass > 0
+        if some.any():
+            m = int(some.sum())
+            q = torch.where(self._rand(m) < 0.5, 0.25 + 0.1 * self._rand(m), 0.45 + 0.08 * self._rand(m))
+            frames[some] += glass[some, None, None] * detector.amorphous_rings(
+                distance2[some], q / px[some], (0.04 + 0.06 * self._rand(m)) / px[some], self._generator
+            )
+        return frames
+
+    def _add_faults(self, frames: Tensor, origin: Tensor, radius: Tensor) -> Tensor:
+        n = len(frames)
+        peak = frames.flatten(1).amax(1)
+        some = self._rand(n) < 0.12
+        if some.any():
+            frames[some] = detector.add_hot_pixels(
+                frames[some],
+                int(self._randint(12, 1)) + 1,
+                peak[some] * 3 * self._rand(int(some.sum())),
+                self._generator,
+            )
+        some = self._rand(n) < 0.1
+        if some.any():
+            frames[some] = detector.kill_pixels(frames[some], 1e-3 * float(self._rand(1)), self._generator)
+        some = self._rand(n) < 0.08
+        if some.any():
+            ceiling = (peak[some] * (0.05 + 0.95 * self._rand(int(some.sum())))).clamp_min(3).round()
+            frames[some] = detector.saturate(frames[some], ceiling)
+        some = self._rand(n) < 0.05
+        if some.any():
+            m = int(some.sum())
+            frames[some] = detector.beam_stop(
+                frames[some], origin[some], radius[some] * (2.4 + 3.6 * self._rand(m)),
+                2 * math.pi * self._rand(m), 0.05 * self._rand(m),
+            ).round()  # fmt: skip
+        return frames
+
+    def _list_spots(
+        self,
+        which: Tensor,
+        position: Tensor,
+        coefficients: Tensor,
+        fraction: Tensor,
+        elastic: Tensor,
+        radius: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, amplitudes and electrons; coincident reflections as one, spots far outside left out."""
+        t = self._tensors
+        light = (coefficients * detector.mean_over_aperture(fraction)[:, None]).sum(-1).clamp_min(0)
+        leader = t["leader"][which].long()
+        light = torch.zeros_like(light).scatter_add_(1, leader, light)
+        electrons = light * elastic[:, None]
+        amplitude = t["amplitude"][which]
+        alone = leader == torch.arange(leader.shape[1], device=self.device)
+        margin = (radius + 8)[:, None, None]
+        near = ((position > -margin) & (position < self.size - 1 + margin)).all(-1)  # False where NaN
+        known = (amplitude > 0) | (electrons > 0.3)
+        listed = alone & near & known
+        # brightest first, the rest as NaN
+        order = torch.argsort(torch.where(listed, electrons, -1.0), dim=1, descending=True)
+        listed = listed.gather(1, order)
+        position = position.gather(1, order[..., None].expand(-1, -1, 2))
+        position = torch.where(listed[..., None], position, torch.nan)
+        amplitude = torch.where(listed, amplitude.gather(1, order), torch.nan)
+        electrons = torch.where(listed, electrons.gather(1, order), torch.nan)
+        width = max(1, int(listed.sum(1).max()))
+        return position[:, :width], amplitude[:, :width], electrons[:, :width]
