@@ -1,0 +1,354 @@
+"""The networks, read from top to bottom: configuration, output, the default member.
+
+Two images go in, a diffraction pattern and the vacuum probe; maps come out, from which
+:mod:`fcunet.nn.decode` reads Bragg peaks. n counts patterns; (H, W) is the frame, (h, w) the frame padded to
+a multiple of 16 and, for large disks, binned.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .layers import ProbeFilters, TokenAttention
+
+AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
+LOG_SIGMA_RANGE = (-5.0, 0.5)  # natural log of px of the binned frame: 0.007 to 1.6 px
+MULTIPLE = 16  # frames are padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class FCUNetConfig:
+    """Architecture and decision thresholds; stored with the weights.
+
+    Parameters
+    ----------
+    widths : tuple of int
+        Channels at 1/2, 1/4, 1/8 and 1/16 of the frame.
+    filter_orders : tuple of int
+        Angular order of each learned Fourier filter, see :class:`fcunet.nn.layers.ProbeFilters`.
+    n_radial : int
+        Basis functions of the filters' radial profiles.
+    attention_layers, attention_heads : int
+        Transformer blocks on the coarsest map.
+    max_radius_px : float
+        Frames with larger disks are binned by 2, 3, ... first, so that the trunk sees radii it was trained
+        on.
+    threshold : float
+        Smallest height of the Bragg map that is a peak, 0 to 1.
+    sigma_scale, sigma_floor_px : float
+        Calibration of the position error on held-out prototypes: ``sqrt((scale sigma)^2 + floor^2)``.
+    """
+
+    widths: tuple[int, int, int, int] = (24, 40, 64, 96)
+    filter_orders: tuple[int, ...] = (0, 0, 1, 2)
+    n_radial: int = 12
+    attention_layers: int = 2
+    attention_heads: int = 4
+    max_radius_px: float = 13.0
+    threshold: float = 0.3
+    sigma_scale: float = 1.0
+    sigma_floor_px: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "FCUNetConfig":
+        """Configuration from JSON or YAML values.
+
+        Raises
+        ------
+        ValueError
+            For an unknown key; the nearest known one is suggested.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = (
+                    f"; did you mean {near[0]!r}?"
+                    if near
+                    else ": was it written by a newer fcunet? Then upgrade"
+                )
+                raise ValueError(f"unknown key {key!r} in the configuration of a network{hint}")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class NetworkOutput(NamedTuple):
+    """Maps at the network's own sampling; map pixel i lies at detector pixel ``stride i + (stride - 1) / 2``.
+
+    Attributes
+    ----------
+    bragg_map : Tensor, shape (n, h, w)
+        Visibility of a Bragg disk centred here: a Gaussian spot of height up to 1 per disk, 0 elsewhere.
+    root_amplitude : Tensor, shape (n, h, w)
+        sqrt(|V_g| / 4 V), meaningful on spots only; 0 or less at reflections lit by multiple scattering
+        alone.
+    offset : Tensor, shape (n, 2, h, w)
+        (y, x) from the map pixel to the centre of the disk, detector px.
+    log_sigma : Tensor, shape (n, h, w)
+        Natural log of the standard deviation of the offset, per axis, detector px.
+    stride : int
+        Detector pixels per map pixel.
+    frame : tuple of int
+        (H, W) of the detector; the maps may reach past it.
+    """
+
+    bragg_map: Tensor
+    root_amplitude: Tensor
+    offset: Tensor
+    log_sigma: Tensor
+    stride: int
+    frame: tuple[int, int]
+
+    @property
+    def amplitude(self) -> Tensor:
+        """|V_g| in volts, shape (n, h, w), meaningful on spots only."""
+        return AMPLITUDE_UNIT_V * self.root_amplitude.clamp_min(0).square()
+
+    @property
+    def structure_factor_image(self) -> Tensor:
+        """Spots of height |V_g|, volts, shape (n, h, w): the image a person wants to look at."""
+        return self.bragg_map * self.amplitude
+
+
+class ConvBlock(nn.Sequential):
+    """Two 3x3 convolutions with batch norm and ReLU; the first may halve the sampling."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class UpBlock(nn.Module):
+    """Narrow, double the sampling, add the skip, convolve. Adding costs half of concatenating."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.narrow = nn.Conv2d(in_channels, out_channels, 1)
+        self.block = ConvBlock(out_channels, out_channels)
+
+    def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
+        """(n, C_in, h, w), (n, C_out, 2h, 2w) -> (n, C_out, 2h, 2w)."""
+        up = F.interpolate(self.narrow(coarse), scale_factor=2, mode="nearest")
+        return self.block(up + skip)
+
+
+class FCUNet(nn.Module):
+    """Finds Bragg disks, their centres to a fraction of a pixel, and |V_g|, whatever multiple scattering did.
+
+    The intensity scale of either image does not matter. Everything is a convolution, in real or in Fourier
+    space, apart from attention between coarse tokens: any frame size will do, and the beam need not be
+    centred.
+
+    Notes
+    -----
+    ``precision`` ("fp32" or "bf16") is the arithmetic of the trunk; the Fourier front end and the heads' last
+    layers are always float32. It is set by :func:`fcunet.nn.weights.load_model` and by the training loop.
+    """
+
+    def __init__(self, config: FCUNetConfig | None = None):
+        super().__init__()
+        self.config = config = config or FCUNetConfig()
+        self.precision = "fp32"
+        self.info: Any = None  # set by load_model
+        c0, c1, c2, c3 = config.widths
+        self.filters = ProbeFilters(2, orders=config.filter_orders, n_radial=config.n_radial)
+        n_in = 2 * 4 + self.filters.out_channels + 1
+        self.input_norm = nn.BatchNorm2d(n_in)
+        self.enc0 = ConvBlock(n_in, c0)
+        self.enc1 = ConvBlock(c0, c1, stride=2)
+        self.enc2 = ConvBlock(c1, c2, stride=2)
+        self.enc3 = ConvBlock(c2, c3, stride=2)
+        self.context = nn.Sequential(
+            *(TokenAttention(c3, heads=config.attention_heads) for _ in range(config.attention_layers))
+        )
+        # positions and amplitudes ask different questions of the same features: a decoder each
+        self.dec2, self.dec1, self.dec0 = UpBlock(c3, c2), UpBlock(c2, c1), UpBlock(c1, c0)
+        self.amp2, self.amp1 = UpBlock(c3, c2), UpBlock(c2, c1)
+        self.position_hidden = nn.Sequential(nn.Conv2d(c0, 32, 3, padding=1), nn.ReLU(inplace=True))
+        self.amplitude_hidden = nn.Sequential(nn.Conv2d(c1, c1, 3, padding=1), nn.ReLU(inplace=True))
+        self.position_head = nn.Conv2d(32, 4, 1)
+        self.amplitude_head = nn.Conv2d(c1, 4, 1)
+        with torch.no_grad():
+            self.position_head.weight.mul_(0.1)
+            self.amplitude_head.bias = nn.Parameter(torch.full((4,), 0.5))
+            # empty map, no offset, 0.6 px
+            self.position_head.bias = nn.Parameter(torch.tensor([-4.0, 0.0, 0.0, 1.0]))
+            self.amplitude_head.weight.mul_(0.1)
+
+    def forward(self, patterns: Tensor, probes: Tensor, *, binning: int | None = None) -> NetworkOutput:
+        """Maps of a batch of patterns.
+
+        Parameters
+        ----------
+        patterns : Tensor, shape (n, H, W)
+            Counts, or anything proportional to them; negative values count as zero. Must be finite.
+        probes : Tensor, shape (n, H, W) or (H, W)
+            Vacuum probe, centred at pixel (H // 2, W // 2), any scale.
+        binning : int, optional
+            Detector pixels binned before the network. Default: what the disk radius asks for.
+
+        Returns
+        -------
+        NetworkOutput
+            float32.
+
+        Raises
+        ------
+        ValueError
+            If shapes disagree, a probe is empty, or the probes of one batch differ so much in radius that
+            they need different binning.
+        """
+        frame = (patterns.shape[-2], patterns.shape[-1])
+        if patterns.ndim != 3 or probes.shape[-2:] != patterns.shape[-2:] or probes.ndim not in (2, 3):
+            raise ValueError(
+                f"patterns have shape {tuple(patterns.shape)} and the probe {tuple(probes.shape)}; "
+                "needed are (n, H, W) and (H, W) or (n, H, W) with the same H, W"
+            )
+        probes = probes.float().clamp_min(0).reshape(-1, *frame)
+        radius = disk_radius(probes)  # (n|1,) px
+        if not bool(torch.isfinite(radius).all()):
+            raise ValueError(
+                "the probe is empty (all zero or NaN); measure one or make one from the disk radius"
+            )
+        binning = binning or self.binning(radius)
+        x = bin_frame(patterns.float().clamp_min(0), binning)  # (n, h, w)
+        p = bin_frame(roll_to_origin(probes), binning, wrapped=True)  # (n|1, h, w)
+
+        with torch.autocast(x.device.type, enabled=False):
+            level = brightness(x)  # (n,) counts
+            x = x / level[:, None, None].clamp_min(1e-30)  # the brightest disk is about 1
+            x = torch.stack((x.sqrt(), torch.log1p(300 * x) / 5.7), dim=1)  # (n, 2, h, w)
+            p = p / p.sum(dim=(-2, -1), keepdim=True)
+            filtered = self.filters(x, p, radius / binning)  # (n, 8, h/2, w/2)
+        size = (radius / binning / 5).log()[:, None, None, None].expand(len(x), 1, *filtered.shape[-2:])
+        x = torch.cat((F.pixel_unshuffle(x, 2), filtered, size), dim=1)  # (n, 17, h/2, w/2)
+        x = self.input_norm(x).contiguous(memory_format=torch.channels_last)
+
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            x0 = self.enc0(x)  # (n, 24, h/2, w/2)
+            x1 = self.enc1(x0)  # (n, 40, h/4, w/4)
+            x2 = self.enc2(x1)  # (n, 64, h/8, w/8)
+            x3 = self.context(self.enc3(x2))  # (n, 96, h/16, w/16)
+            d0 = self.dec0(self.dec1(self.dec2(x3, x2), x1), x0)  # (n, 24, h/2, w/2)
+            a1 = self.amp1(self.amp2(x3, x2), x1)  # (n, 40, h/4, w/4)
+            d0, a1 = (
+                self.position_hidden(d0),
+                self.amplitude_hidden(a1),
+            )  # (n, 32, h/2, w/2), (n, 40, h/4, w/4)
+        heads = self.position_head(d0.float())  # (n, 4, h/2, w/2)
+        root = F.pixel_shuffle(self.amplitude_head(a1.float()), 2)[:, 0]  # (n, h/2, w/2) sqrt(|V_g| / 4 V)
+        return self._output(heads, root, level, binning, frame)
+
+    def channels_last(self) -> "FCUNet":
+        """Store convolution weights with channels last (in place), which is faster on every device."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
+
+    def fuse(self) -> "FCUNet":
+        """Fold batch norms into the convolutions before them (in place): the same maps, sooner."""
+        for block in self.modules():
+            if isinstance(block, ConvBlock):
+                for i in (0, 3):
+                    conv, norm = block[i], block[i + 1]
+                    assert isinstance(conv, nn.Conv2d)
+                    assert isinstance(norm, nn.BatchNorm2d)
+                    block[i] = fuse_conv_bn_eval(conv, norm)
+                    block[i + 1] = nn.Identity()
+        return self
+
+    def binning(self, radius: Tensor) -> int:
+        """Detector pixels to bin together, one number for all `radius` (px) of a batch."""
+        bins = torch.ceil(radius / self.config.max_radius_px).clamp_min(1)
+        if bool((bins != bins[0]).any()):
+            raise ValueError(
+                f"probes of {float(radius.min()):.1f} to {float(radius.max()):.1f} px radius need different "
+                f"binning (above {self.config.max_radius_px:g} px); put them in separate batches"
+            )
+        return int(bins[0])
+
+    def _output(
+        self, heads: Tensor, root: Tensor, level: Tensor, binning: int, frame: tuple[int, int]
+    ) -> NetworkOutput:
+        lit = (level > 0).to(heads)[:, None, None]  # an empty pattern has no spots
+        low, high = LOG_SIGMA_RANGE  # approached smoothly: a hard clamp would stop the gradient for good
+        sigma = (low + (high - low) * torch.sigmoid(heads[:, 3])).exp() * self.config.sigma_scale
+        if self.config.sigma_floor_px:
+            sigma = torch.hypot(sigma, torch.as_tensor(self.config.sigma_floor_px / binning).to(sigma))
+        return NetworkOutput(
+            bragg_map=torch.sigmoid(heads[:, 0]) * lit,
+            root_amplitude=root,
+            offset=heads[:, 1:3] * binning,
+            log_sigma=(sigma * binning).log(),
+            stride=2 * binning,
+            frame=frame,
+        )
+
+
+def disk_radius(probes: Tensor) -> Tensor:
+    """Radius (n,) in px of the uniform disk with the same effective area as each probe (n, H, W).
+
+    The area is (sum P)^2 / sum P^2, which noise in the surroundings hardly changes. NaN for an empty probe.
+    """
+    area = probes.sum(dim=(-2, -1)).square() / probes.square().sum(dim=(-2, -1))
+    return (area / torch.pi).sqrt()
+
+
+def brightness(patterns: Tensor) -> Tensor:
+    """Intensity scale (n,) of patterns (n, h, w): the mean intensity an average electron meets, 3x3 smoothed.
+
+    Close to the level of the brightest disk, independent of frame size and position, and hardly moved by a
+    hot pixel.
+    """
+    smooth = F.avg_pool2d(patterns[:, None], 3, stride=1, padding=1)[:, 0]
+    return smooth.square().sum(dim=(-2, -1)) / smooth.sum(dim=(-2, -1)).clamp_min(1e-30)
+
+
+def roll_to_origin(probes: Tensor) -> Tensor:
+    """Move the centre (H // 2, W // 2) of probes (n, H, W) to pixel [0, 0], wrapped."""
+    return torch.roll(probes, (-(probes.shape[-2] // 2), -(probes.shape[-1] // 2)), dims=(-2, -1))
+
+
+def bin_frame(images: Tensor, binning: int, *, wrapped: bool = False) -> Tensor:
+    """Pad (n, H, W) to a multiple of 16 `binning` with zeros and sum blocks of `binning`: (n, h, w).
+
+    Zeros go to the end, or to the middle of a `wrapped` image, whose negative coordinates sit at the end. A
+    wrapped image is binned about its pixel [0, 0], so that it stays centred there.
+    """
+    height, width = images.shape[-2:]
+    step = MULTIPLE * binning
+    pad_y, pad_x = -height % step, -width % step
+    if wrapped:
+        half_y, half_x = (height + 1) // 2, (width + 1) // 2  # pixels at coordinates >= 0
+        rows = torch.cat(
+            (images[:, :half_y], images.new_zeros(len(images), pad_y, width), images[:, half_y:]), dim=1
+        )
+        images = torch.cat(
+            (rows[..., :half_x], rows.new_zeros(*rows.shape[:2], pad_x), rows[..., half_x:]), dim=2
+        )
+        if binning > 1 and binning % 2 == 0:
+            # an even block cannot be centred on a pixel: average the two that straddle it
+            images = (images + torch.roll(images, (-1, -1), dims=(-2, -1))) / 2
+        images = torch.roll(images, (binning // 2, binning // 2), dims=(-2, -1))
+    else:
+        images = F.pad(images, (0, pad_x, 0, pad_y))
+    if binning == 1:
+        return images
+    return F.avg_pool2d(images[:, None], binning)[:, 0] * binning**2

@@ -1,0 +1,80 @@
+"""Thresholds and error bars, tuned on validation patterns after training."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..nn.model import FCUNet, disk_radius
+from .evaluate import Batch, evaluate, match_peaks, network_detector
+
+THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
+
+
+def calibrate(model: FCUNet, sets: Mapping[float, Iterable[Batch]]) -> FCUNet:
+    """A copy of `model` (eval mode) with threshold and position errors tuned on `sets` (dose -> batches).
+
+    The threshold maximises the mean over doses of F1, the harmonic mean of recall and precision at 1 px. The
+    position error becomes ``sqrt((scale sigma)^2 + floor^2)``, with the pair that brings the coverage of 1
+    and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square.
+    """
+    model = _with(model, sigma_scale=1.0, sigma_floor_px=0.0)
+    threshold = max(THRESHOLDS, key=lambda t: sum(_f1(model, t, batches) for batches in sets.values()))
+    pairs = [_errors(model, threshold, batches) for batches in sets.values()]
+    scale, floor = fit_sigma([p for p in pairs if len(p[0])])
+    return _with(model, threshold=threshold, sigma_scale=scale, sigma_floor_px=floor)
+
+
+def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Scale and floor of predicted standard deviations.
+
+    Parameters
+    ----------
+    pairs : list of (Tensor (k, 2), Tensor (k,))
+        Position errors and predicted sigma, px; one pair per set, all sets count alike.
+
+    Returns
+    -------
+    scale, floor_px : float
+        1 and 0 if there is nothing to fit.
+    """
+    best, answer = float("inf"), (1.0, 0.0)
+    for floor in FLOORS_PX:
+        for scale in torch.logspace(-0.7, 0.7, 57).tolist():  # 5 % steps
+            cost = 0.0
+            for error, sigma in pairs:
+                ratio = error.abs() / torch.hypot(scale * sigma, torch.tensor(floor))[:, None]
+                for k, share in ((1, 0.6827), (2, 0.9545)):
+                    cost += (float((ratio < k).float().mean()) - share) ** 2
+            if pairs and cost < best:
+                best, answer = cost, (round(scale, 4), floor)
+    return answer
+
+
+def _f1(model: FCUNet, threshold: float, batches: Iterable[Batch]) -> float:
+    figures = evaluate(network_detector(model, threshold=threshold), batches)
+    recall, precision = figures["recall"], figures["precision"]
+    return 2 * recall * precision / max(recall + precision, 1e-9)
+
+
+def _errors(model: FCUNet, threshold: float, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Position errors (k, 2) and predicted sigma (k,) of the spots found."""
+    detector, errors, sigmas = network_detector(model, threshold=threshold), [], []
+    for batch in batches:
+        matches = match_peaks(
+            detector(batch.pattern, batch.probe), batch, margin_px=float(disk_radius(batch.probe).max())
+        )
+        keep = matches.found & matches.wanted
+        errors.append(matches.error[keep])
+        sigmas.append(matches.sigma[keep])
+    return torch.cat(errors), torch.cat(sigmas)
+
+
+def _with(model: FCUNet, **changes: float) -> FCUNet:
+    """The same network with other thresholds."""
+    copy = FCUNet(replace(model.config, **changes))  # type: ignore[arg-type]
+    copy.load_state_dict(model.state_dict())
+    copy.precision = model.precision
+    return copy.eval()

@@ -1,0 +1,84 @@
+"""Scattered orientations shared between processes: some scatter into a folder, others train from it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..simulation.crystals import load_crystals
+from .dataset import PatternSource, Pool, TrainingBatch, load_pool, make_orientations, save_pool
+
+
+def fill_pool(folder: str | Path, n: int, *, split: str = "train", part: int = 128, seed: int = 0) -> None:
+    """Scatter `n` random orientations into `folder`, one file of `part` at a time.
+
+    Several processes may fill one folder if their seeds differ. A file that exists is not made again, so a stopped
+    process continues.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    crystals = load_crystals(split)
+    for k in range(-(-n // part)):
+        path = folder / f"{split}-{seed:04d}-{k:05d}.npz"
+        if not path.exists():
+            rng = np.random.default_rng([seed, k, 77])
+            save_pool(make_orientations(crystals, min(part, n - k * part), rng), path)
+
+
+class FolderSource:
+    """Training batches from the pools of a folder; files that appear are taken up as training goes on.
+
+    Parameters
+    ----------
+    folder : path
+        Filled by :func:`fill_pool`.
+    split, size, device, seed, **options
+        As for :class:`fcunet.training.dataset.PatternSource`.
+    every : int
+        Batches between looks at the folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no pool of that split.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        every: int = 50,
+        **options: object,
+    ):
+        self.folder, self.split, self.every = Path(folder), split, every
+        self._batches = 0
+        self._pools: dict[str, Pool] = {}
+        if not self._look():
+            raise FileNotFoundError(
+                f"{os.fspath(folder)} holds no pool of the {split!r} split; "
+                "fill it with fcunet.training.pool.fill_pool"
+            )
+        self._source = PatternSource(split, size, device, seed, pool=self._all(), **options)  # type: ignore[arg-type]
+
+    def batch(self, n: int) -> TrainingBatch:
+        """The next n patterns."""
+        self._batches += 1
+        if self._batches % self.every == 0 and self._look():
+            self._source.set_pool(self._all())
+        return self._source.batch(n)
+
+    def _all(self) -> Pool:
+        return Pool.concatenate(list(self._pools.values()))
+
+    def _look(self) -> bool:
+        """Read the files not seen yet; True if there were any."""
+        new = [p for p in sorted(self.folder.glob(f"{self.split}-*.npz")) if p.name not in self._pools]
+        new = [p for p in new if ".partial" not in p.name]
+        for path in new:
+            self._pools[path.name] = load_pool(path)
+        return bool(new)
