@@ -13,9 +13,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from .lattice_fit import WEIGHTINGS, LatticeFit, Weighting, fit_lattice, index_peaks, reduce_basis
+from .lattice_fit import (
+    DEFAULT_SPACING,
+    WEIGHTINGS,
+    LatticeFit,
+    Weighting,
+    check_basis,
+    fit_lattice,
+    index_peaks,
+    reduce_basis,
+)
 
 __all__ = [
+    "DEFAULT_SPACING",
     "WEIGHTINGS",
     "Basis",
     "LatticeFit",
@@ -46,7 +56,12 @@ class Basis(NamedTuple):
 
 
 def find_basis(
-    qy: ArrayLike, qx: ArrayLike, intensity: ArrayLike | None = None, *, origin: ArrayLike | None = None
+    qy: ArrayLike,
+    qx: ArrayLike,
+    intensity: ArrayLike | None = None,
+    *,
+    origin: ArrayLike | None = None,
+    g: ArrayLike | None = None,
 ) -> Basis:
     """Lattice vectors and origin that describe most Bragg peaks of a scan.
 
@@ -58,6 +73,8 @@ def find_basis(
         Strength of the peaks: weak ones count less, and the strongest site becomes the origin.
     origin : array_like, shape (2,), optional
         Position of the direct beam in px, if known.
+    g : array_like, shape (2, 2), optional
+        Lattice vectors in px, if known; they are returned unchanged.
 
     Returns
     -------
@@ -79,9 +96,13 @@ def find_basis(
             f"qy has shape {qy.shape} and qx {qx.shape}; needed are two arrays (..., n_peaks) of one shape"
         )
     y, x, strength = _sample(qy, qx, intensity)
-    spacing = _neighbour_distance(y, x)
-    vectors, votes = _frequent_differences(y, x, _clipped(strength), spacing)
-    g = orient_basis(_consensus(vectors, votes, spacing))
+    given = None if g is None else np.asarray(g, dtype=np.float64)
+    if given is None:
+        spacing = _neighbour_distance(y, x)
+        vectors, votes = _frequent_differences(y, x, _clipped(strength), spacing)
+        g = orient_basis(_consensus(vectors, votes, spacing))
+    else:
+        g = check_basis(given)
     centre = _origin(y, x, strength, g) if origin is None else np.asarray(origin, dtype=np.float64).reshape(2)
     fit = fit_lattice(y, x, g=g, origin=centre, intensity=strength, weighting="uniform", min_num_peaks=3)
     valid = np.isfinite(fit.fit_error)
@@ -94,7 +115,7 @@ def find_basis(
         )
     if origin is None:
         centre = np.median(fit.origin[valid], axis=0)
-    return Basis(centre, orient_basis(np.median(fit.g[valid], axis=0)))
+    return Basis(centre, orient_basis(np.median(fit.g[valid], axis=0)) if given is None else given)
 
 
 def orient_basis(g: ArrayLike) -> Array:

@@ -62,7 +62,7 @@ def index_peaks(
     """
     qy, qx = _peaks(qy, qx)
     lead, shape = qy.shape[:-1], (-1, qy.shape[-1])
-    g, origin = _checked_basis(g), _broadcast(origin, (*lead, 2), "origin").reshape(-1, 2)
+    g, origin = check_basis(g), _broadcast(origin, (*lead, 2), "origin").reshape(-1, 2)
     spacing = _spacing(max_peak_spacing, g)
     g = np.broadcast_to(g, (*lead, 2, 2)).reshape(-1, 2, 2)
     y, x = qy.reshape(shape) - origin[:, :1], qx.reshape(shape) - origin[:, 1:]
@@ -150,7 +150,7 @@ def fit_lattice(
         )
     if weighting.startswith("intensity") and intensity is None:
         raise ValueError(f"weighting={weighting!r} needs the intensities of the peaks: pass intensity=")
-    given = _checked_basis(g)
+    given = check_basis(g)
     if given.shape != (2, 2):
         raise ValueError(
             f"g has shape {given.shape}, needed is (2, 2): one approximate lattice for all positions"
@@ -476,7 +476,7 @@ def _peaks(qy, qx) -> tuple[Array, Array]:
     return qy, qx
 
 
-def _checked_basis(g) -> Array:
+def check_basis(g) -> Array:
     """Lattice vectors (..., 2, 2) that are finite and not parallel."""
     g = np.asarray(g, dtype=np.float64)
     if g.shape[-2:] != (2, 2):

@@ -1,0 +1,510 @@
+"""From labelled peaks to labelled lattice, strain, Bragg vector map; import it from :mod:`fcunet.pipeline`.
+
+Lazy in, lazy out. Only what one number for the whole scan needs is read at once: a sample of the peaks for
+the common lattice, g1 and g2 for the reference. The arithmetic is in :mod:`fcunet.kernels.lattice` and
+:mod:`fcunet.kernels.strain`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from . import schema
+from .kernels import lattice as kernel
+from .kernels.strain import (
+    COMPONENTS,
+    Convention,
+    Measure,
+    deformation_gradient,
+    rotate_frame,
+    strain_from_F,
+    strain_std,
+)
+
+Array = NDArray[np.float64]
+
+_SAMPLE_BLOCKS, _SAMPLE_PATTERNS = 36, 2048
+_VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
+
+
+def fit_lattice(
+    peaks: xr.Dataset,
+    *,
+    basis: ArrayLike | None = None,
+    origin: ArrayLike | None = None,
+    weighting: kernel.Weighting = "sigma",
+    robust: bool = True,
+    max_peak_spacing: float | None = None,
+    min_num_peaks: int = 5,
+) -> xr.Dataset:
+    """Lattice of every scan position.
+
+    Parameters
+    ----------
+    peaks : Dataset
+        `peak_qy`, `peak_qx` (scan_y, scan_x, peak), and if there `peak_intensity`, `peak_sigma`, and
+        `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy.
+    basis : array_like, shape (2, 2), optional
+        Approximate g1, g2 as (y, x) in px. None: found from a sample of the peaks.
+    origin : array_like, shape (2,), optional
+        Approximate (y, x) of the direct beam in px, to half a lattice vector. None: `origin_qy`, `origin_qx`
+        of `peaks`, else the site with most intensity in a sample of the peaks.
+    weighting, robust, max_peak_spacing, min_num_peaks
+        As for :func:`fcunet.kernels.lattice.fit_lattice`.
+
+    Returns
+    -------
+    Dataset
+        `origin_qy, origin_qx, g1_qy, g1_qx, g2_qy, g2_qx` (scan_y, scan_x) float64 px, their `covariance`
+        (.., parameter, parameter2) px^2, `fit_error` px and `n_indexed`. NaN, and 0, where there is no
+        lattice. What was chosen or found is in the attributes.
+
+    Raises
+    ------
+    ValueError
+        If `peak` is split into chunks, if no common lattice is found, or for unusable options.
+    """
+    schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
+    _check_whole(peaks)
+    found = _common_lattice(peaks, basis, origin)
+    arrays = [peaks["peak_qy"], peaks["peak_qx"]]
+    optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
+    arrays += [peaks[name] for name in optional]
+    core = [["peak"]] * len(arrays)
+    if origin is None and {"origin_qy", "origin_qx"} <= set(peaks):
+        arrays += [peaks["origin_qy"].astype(float), peaks["origin_qx"].astype(float)]
+        core = [*core, [], []]
+        optional = [*optional, "origin"]
+    options: dict[str, Any] = {
+        "weighting": weighting,
+        "robust": bool(robust),
+        "max_peak_spacing": max_peak_spacing,
+        "min_num_peaks": int(min_num_peaks),
+    }
+    # the options are checked now, not when the first block is computed
+    nothing = np.full((1, 1), np.nan)
+    has: dict[str, Any] = {name: nothing for name in ("sigma", "intensity") if f"peak_{name}" in optional}
+    kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
+    results = xr.apply_ufunc(
+        _fit_block,
+        *arrays,
+        kwargs={"optional": optional, "basis": found, "options": options},
+        input_core_dims=core,
+        output_core_dims=[[]] * 6 + [["parameter", "parameter2"], [], []],
+        dask="parallelized",
+        output_dtypes=[np.float64] * 6 + [np.float32, np.float32, np.int16],
+        dask_gufunc_kwargs={"output_sizes": {"parameter": 6, "parameter2": 6}},
+    )
+    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed")
+    lattice = xr.Dataset(
+        {
+            name: array.assign_attrs(schema.LATTICE[name].attrs)
+            for name, array in zip(names, results, strict=True)
+        }
+    )
+    lattice["covariance"].attrs["parameters"] = " ".join(schema.LATTICE_PARAMETERS)
+    lattice.attrs = {
+        "basis_px": found.g.tolist(),
+        "basis_source": "found from the peaks" if basis is None else "given",
+        "origin_px": found.origin.tolist(),
+        "weighting": weighting if weighting != "sigma" or "peak_sigma" in peaks else "uniform",
+        "robust": int(robust),
+        "max_peak_spacing_px": float(
+            max_peak_spacing or kernel.DEFAULT_SPACING * np.hypot(*kernel.reduce_basis(found.g)[0].T).min()
+        ),
+        "min_num_peaks": int(min_num_peaks),
+    }
+    rotation = _scan_rotation(peaks)
+    if rotation is not None:
+        lattice.attrs["scan_rotation_degree"] = rotation
+    return lattice
+
+
+def compute_strain(
+    lattice: xr.Dataset,
+    *,
+    reference: str | ArrayLike = "median",
+    measure: Measure = "infinitesimal",
+    convention: Convention = "fcunet",
+    rotation_degree: float | None = None,
+    transpose: bool = False,
+) -> xr.Dataset:
+    """Strain of every scan position against a reference lattice, with error bars.
+
+    Parameters
+    ----------
+    lattice : Dataset
+        From :func:`fit_lattice`. In memory or lazy; g1 and g2 are read now unless `reference` holds vectors.
+    reference : str, 4 integers, or array_like of shape (2, 2)
+        ``"median"``: median of g1 and g2, component by component, over all positions; (y0, y1, x0, x1): over
+        that part of the scan; ((g1_y, g1_x), (g2_y, g2_x)): a known lattice in px, taken as exact. It must
+        name the same two vectors as `lattice`, see ``lattice.attrs["basis_px"]``.
+    measure, convention
+        As for :func:`fcunet.kernels.strain.strain_from_F`.
+    rotation_degree : float, optional
+        By how much the scan's +x axis is turned from the detector's, from +x towards +y. None:
+        ``scan_rotation_degree`` of the data; without it, strain stays in the detector frame.
+    transpose : bool
+        Detector rows and columns are exchanged relative to the scan (undone before the rotation).
+
+    Returns
+    -------
+    Dataset
+        `e_xx, e_yy, e_xy` (tensor shear), `theta` (rad) (scan_y, scan_x) float64, each with `_std` float32;
+        `valid`; `grain`, connected regions of valid positions; and `F` (.., row, column), detector frame. NaN
+        where there is no lattice. ``attrs["frame"]`` is ``"scan"`` or ``"detector"``.
+
+    Raises
+    ------
+    ValueError
+        If the reference has no valid position, no area, or other indices than the lattice.
+    """
+    schema.check_variables(lattice, schema.LATTICE, required=_VECTORS, where="lattice")
+    g_ref, reference_covariance, description = _reference(lattice, reference)
+    frame = "detector" if rotation_degree is None and not transpose else "scan"
+    if rotation_degree is None and "scan_rotation_degree" in lattice.attrs:
+        rotation_degree, frame = float(lattice.attrs["scan_rotation_degree"]), "scan"
+    options: dict[str, Any] = {
+        "measure": measure,
+        "convention": convention,
+        "rotation_degree": float(rotation_degree or 0.0),
+        "transpose": bool(transpose),
+    }
+    strain_from_F(np.eye(2), measure, convention)  # refuses unknown names before the first block is computed
+    deformation_gradient(g_ref, g_ref)
+    covariance = lattice.get("covariance")
+    arrays = [lattice[name] for name in _VECTORS] + ([] if covariance is None else [covariance])
+    results = xr.apply_ufunc(
+        _strain_block,
+        *arrays,
+        kwargs={"g_ref": g_ref, "reference_covariance": reference_covariance, "options": options},
+        input_core_dims=[[]] * 4 + ([] if covariance is None else [["parameter", "parameter2"]]),
+        output_core_dims=[[]] * 8 + [["row", "column"]],
+        dask="parallelized",
+        output_dtypes=[np.float64] * 4 + [np.float32] * 4 + [np.float64],
+        dask_gufunc_kwargs={"output_sizes": {"row": 2, "column": 2}},
+    )
+    names = (*COMPONENTS, *(f"{name}_std" for name in COMPONENTS))
+    strain = xr.Dataset(
+        {
+            name: array.assign_attrs(schema.STRAIN[name].attrs)
+            for name, array in zip(names, results, strict=False)
+        }
+    )
+    strain["valid"] = strain["e_xx"].notnull().assign_attrs(schema.STRAIN["valid"].attrs)
+    strain["grain"] = _label(strain["valid"])
+    strain["grain"].attrs = schema.STRAIN["grain"].attrs | {
+        "method": "connected regions of valid positions; orientation is not considered"
+    }
+    strain["F"] = results[-1].assign_attrs(schema.LATTICE["F"].attrs | {"frame": "detector"})
+    if convention in ("quantem", "pyxem"):
+        strain["theta"].attrs["long_name"] = f"lattice rotation, sign as in {convention}: from +y towards +x"
+    if convention == "pyxem":
+        strain["e_xy"].attrs["long_name"] = "shear strain, sign as in pyxem: that of the reciprocal lattice"
+    strain.attrs = {
+        "measure": measure,
+        "convention": convention,
+        "frame": frame,
+        "rotation_degree": options["rotation_degree"],
+        "transposed": int(transpose),
+        "axes": "x along columns, y along rows; rotation positive from +x towards +y",
+        "reference": description,
+        "g1_ref_px": g_ref[0].tolist(),
+        "g2_ref_px": g_ref[1].tolist(),
+    }
+    return strain
+
+
+def bragg_vector_map(
+    peaks: xr.Dataset,
+    *,
+    lattice: xr.Dataset | None = None,
+    shape: tuple[int, int] | None = None,
+    sampling: float = 1.0,
+    weighted: bool = True,
+) -> xr.DataArray:
+    """Histogram of all Bragg peaks of a scan on the detector, each shared bilinearly among four pixels.
+
+    Parameters
+    ----------
+    peaks : Dataset
+        `peak_qy`, `peak_qx` and, if `weighted`, `peak_intensity` (scan_y, scan_x, peak). Lazy in, lazy out.
+    lattice : Dataset, optional
+        With `origin_qy`, `origin_qx` (scan_y, scan_x): every pattern is shifted so that its origin falls on
+        their mean, which takes out the descan. Positions without an origin are left out.
+    shape : (int, int), optional
+        Detector shape. None: ``peaks.attrs["detector_shape"]``, else just large enough.
+    sampling : float
+        Pixels of the map per detector pixel.
+    weighted : bool
+        Weight by intensity, else count.
+
+    Returns
+    -------
+    DataArray
+        (qy, qx) float64 with pixel coordinates.
+
+    Raises
+    ------
+    ValueError
+        If `peak` is split into chunks, or `sampling` is not above 0.
+    """
+    needed = ["peak_qy", "peak_qx", *(["peak_intensity"] if weighted else [])]
+    schema.check_variables(peaks, schema.PEAK_VARIABLES, required=needed, where="peaks")
+    _check_whole(peaks)
+    if not sampling > 0:
+        raise ValueError(f"sampling is {sampling}, needed are pixels of the map per detector pixel, above 0")
+    arrays = {name: peaks[name] for name in needed}
+    centre = None
+    if lattice is not None:
+        for axis in ("qy", "qx"):
+            origin = lattice[f"origin_{axis}"]
+            mean = float(origin.mean())
+            centre = [*(centre or []), mean]
+            arrays[f"peak_{axis}"] = arrays[f"peak_{axis}"] - origin + mean
+    if shape is None:
+        shape = peaks.attrs.get("detector_shape")
+    if shape is None:
+        extent = (float(arrays[f"peak_{axis}"].max()) for axis in schema.PATTERN_DIMS)
+        shape = tuple(int(np.nan_to_num(value)) + 2 for value in extent)  # type: ignore[assignment]
+    assert shape is not None
+    rows, columns = int(shape[0]), int(shape[1])
+    chunked = peaks["peak_qy"].chunks
+    data = [array.transpose(*schema.PEAK_DIMS).data for array in arrays.values()]
+    options: dict[str, Any] = {"shape": (rows, columns), "sampling": float(sampling)}
+    if chunked is None:
+        image = _splat_block(*(np.asarray(d) for d in data), **options)[0, 0]
+    else:
+        size = _splat_block(*(np.empty((1, 1, 0)) for _ in data), **options).shape[2:]
+        image = da.map_blocks(
+            _splat_block,
+            *(da.asarray(d).rechunk(chunked) for d in data),
+            **options,
+            drop_axis=2,
+            new_axis=(2, 3),
+            chunks=(*((1,) * len(c) for c in chunked[:2]), *((n,) for n in size)),
+            dtype=np.float64,
+            meta=np.empty((0, 0, 0, 0)),
+        ).sum(axis=(0, 1))
+    coords = {
+        dim: (dim, np.arange(n) / sampling, {"units": schema.UNIT_PIXEL})
+        for dim, n in zip(schema.PATTERN_DIMS, image.shape, strict=True)
+    }
+    attrs = dict(schema.DIFFRACTION["bragg_vector_map"].attrs)
+    if centre is not None:
+        attrs["origin_px"] = centre  # type: ignore[assignment]
+    return xr.DataArray(image, coords, schema.PATTERN_DIMS, "bragg_vector_map", attrs)
+
+
+def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[str, float]]:
+    """Errors of strain maps whose true values are known, over the positions where both have one.
+
+    Parameters
+    ----------
+    strain, truth : Dataset
+        `e_xx, e_yy, e_xy, theta` (scan_y, scan_x), against the same reference and in the same frame; `strain`
+        may have `_std`. Aligned by their scan coordinates.
+
+    Returns
+    -------
+    dict
+        ``{component: {...}}`` with ``rms`` and ``bias`` (mean of found - true), ``slope`` of found against
+        true (1 is right, less is a pull towards the reference; NaN for a constant truth), ``within_1`` and
+        ``within_2``, the shares of true values inside one and two error bars (0.68 and 0.95 are right; NaN
+        without), and ``n``.
+
+    Raises
+    ------
+    ValueError
+        If they have no scan position in common.
+    """
+    found, true = xr.align(strain, truth, join="inner")
+    if not found["e_xx"].size:
+        raise ValueError("strain and truth have no scan position in common: their scan_y, scan_x differ")
+    errors = {}
+    for name in COMPONENTS:
+        f, t = (np.asarray(d[name].values, dtype=np.float64).ravel() for d in (found, true))
+        known = f"{name}_std" in found
+        std = (
+            np.asarray(found[f"{name}_std"].values, np.float64).ravel() if known else np.full(f.shape, np.nan)
+        )
+        both = np.isfinite(f) & np.isfinite(t)
+        f, t, std = f[both], t[both], std[both]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            difference, spread = f - t, t - (t.mean() if t.size else np.nan)
+            ratio = np.abs(difference[np.isfinite(std)]) / std[np.isfinite(std)]
+            errors[name] = {
+                "rms": float(np.sqrt(np.mean(difference**2))) if t.size else np.nan,
+                "bias": float(difference.mean()) if t.size else np.nan,
+                "slope": float((spread @ f) / (spread @ spread)) if spread @ spread > 1e-18 else np.nan,
+                "within_1": float((ratio < 1).mean()) if ratio.size else np.nan,
+                "within_2": float((ratio < 2).mean()) if ratio.size else np.nan,
+                "n": int(t.size),
+            }
+    return errors
+
+
+def _fit_block(
+    qy: Array, qx: Array, *rest: Array, optional: Sequence[str], basis: kernel.Basis, options: dict
+):
+    """Plain arrays in, the variables of a lattice out, in the order of :func:`fit_lattice`."""
+    given = dict(zip(optional, rest, strict=False))
+    origin = np.stack(rest[-2:], -1) if "origin" in optional else basis.origin
+    if "origin" in optional:
+        origin = np.where(np.isfinite(origin), origin, basis.origin)
+    fit = kernel.fit_lattice(
+        qy,
+        qx,
+        g=basis.g,
+        origin=origin,
+        sigma=given.get("peak_sigma"),
+        intensity=given.get("peak_intensity"),
+        **options,
+    )
+    return (
+        fit.origin[..., 0],
+        fit.origin[..., 1],
+        *(fit.g[..., i, j] for i in (0, 1) for j in (0, 1)),
+        fit.covariance.astype(np.float32),
+        fit.fit_error.astype(np.float32),
+        fit.n_indexed.astype(np.int16),
+    )
+
+
+def _strain_block(*arrays: Array, g_ref: Array, reference_covariance: Array | None, options: dict):
+    """Four vector components and maybe their covariance in; strain, its deviations and F out."""
+    g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*arrays[0].shape, 2, 2)
+    F = deformation_gradient(g, g_ref)
+    turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
+    strain = strain_from_F(turned, options["measure"], options["convention"])
+    if len(arrays) == 5:
+        std = strain_std(g, g_ref, arrays[4], reference_covariance=reference_covariance, **options)
+    else:
+        std = {f"{name}_std": np.full(g.shape[:-2], np.nan) for name in COMPONENTS}
+    return *strain.values(), *(v.astype(np.float32) for v in std.values()), F
+
+
+def _splat_block(
+    qy: Array, qx: Array, weight: Array | None = None, *, shape: tuple[int, int], sampling: float
+) -> Array:
+    """Map of one block of peaks, with two leading axes of length one."""
+    return kernel.splat_peaks(qy, qx, weight, shape, sampling=sampling)[None, None]
+
+
+def _common_lattice(peaks: xr.Dataset, basis: ArrayLike | None, origin: ArrayLike | None) -> kernel.Basis:
+    """Basis and origin as given, else found from a sample of the peaks."""
+    if origin is not None and np.shape(origin) != (2,):
+        raise ValueError(
+            f"origin has shape {np.shape(origin)}, needed is (y, x) in px; per position: origin_qy, origin_qx"
+        )
+    if basis is not None and origin is not None:
+        return kernel.Basis(np.asarray(origin, dtype=np.float64), np.asarray(basis, dtype=np.float64))
+    sample = _sample(peaks)
+    intensity = sample["peak_intensity"].values if "peak_intensity" in sample else None
+    if origin is None and {"origin_qy", "origin_qx"} <= set(sample):
+        origin = [float(sample[name].median()) for name in ("origin_qy", "origin_qx")]
+        origin = origin if np.isfinite(origin).all() else None
+    return kernel.find_basis(
+        sample["peak_qy"].values, sample["peak_qx"].values, intensity, origin=origin, g=basis
+    )
+
+
+def _sample(peaks: xr.Dataset) -> xr.Dataset:
+    """Some patterns spread over the scan, in memory, reading few blocks of a lazy dataset."""
+    names = ("peak_qy", "peak_qx", "peak_intensity", "origin_qy", "origin_qx")
+    peaks = peaks[[name for name in names if name in peaks]].reset_coords(drop=True)
+    index = []
+    for axis, dim in enumerate(schema.SCAN_DIMS):
+        size, chunks = peaks.sizes[dim], peaks["peak_qy"].chunks
+        edges = np.cumsum((0, *(chunks[axis] if chunks else (size,))))
+        few = round(_SAMPLE_BLOCKS**0.5)
+        blocks = np.unique(np.linspace(0, len(edges) - 2, min(few, len(edges) - 1)).round().astype(int))
+        rows = np.concatenate([np.arange(edges[b], edges[b + 1]) for b in blocks]) if size else np.arange(0)
+        index.append(rows)
+    # both axes thinned alike until about the wanted number is left; the kernel takes an even choice of those
+    thin = max(1, int((len(index[0]) * len(index[1]) / (4 * _SAMPLE_PATTERNS)) ** 0.5))
+    return peaks.isel(scan_y=index[0][::thin], scan_x=index[1][::thin]).compute()
+
+
+def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, Array | None, str]:
+    """Reference vectors (2, 2), their covariance (6, 6), and where they come from."""
+    if isinstance(reference, str) and reference != "median":
+        raise ValueError(
+            f"reference is {reference!r}; use 'median', a region (y0, y1, x0, x1), "
+            "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px"
+        )
+    if not isinstance(reference, str) and np.shape(reference) == (2, 2):
+        vectors = np.asarray(reference, dtype=np.float64)
+        basis = np.asarray(lattice.attrs.get("basis_px", vectors), dtype=np.float64)
+        indices = np.rint(vectors @ np.linalg.inv(basis))  # the same lattice may be given by other vectors
+        off = np.abs(vectors @ np.linalg.inv(basis) - indices).max()
+        if not off < 0.25 or abs(np.linalg.det(indices)) < 0.5:
+            raise ValueError(
+                f"the reference {vectors.tolist()} px is not the lattice that was fitted, "
+                f"{np.round(basis, 2).tolist()} px, strained; give vectors of that lattice, or fit with "
+                "basis= the reference"
+            )
+        return np.linalg.inv(indices) @ vectors, None, "given vectors"
+    part, where = lattice, "all positions"
+    if not isinstance(reference, str):
+        if np.shape(reference) != (4,):
+            raise ValueError(
+                f"reference has shape {np.shape(reference)}; use (y0, y1, x0, x1), "
+                "or ((g1_y, g1_x), (g2_y, g2_x))"
+            )
+        y0, y1, x0, x1 = (int(v) for v in np.asarray(reference))
+        ny, nx = lattice.sizes["scan_y"], lattice.sizes["scan_x"]
+        if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
+            raise ValueError(
+                f"reference region {y0}:{y1},{x0}:{x1} is not inside the scan of {ny} x {nx} positions"
+            )
+        part, where = lattice.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
+    g = np.stack([part[name].values for name in _VECTORS], -1).reshape(-1, 4)
+    n = int(np.isfinite(g).all(1).sum())
+    if not n:
+        raise ValueError(
+            f"no position of the reference ({where}) has a lattice; choose another region: "
+            "reference=(y0, y1, x0, x1)"
+        )
+    covariance = None
+    if "covariance" in part:
+        # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
+        mean = part["covariance"].mean(schema.SCAN_DIMS, skipna=True, dtype=np.float64).values
+        covariance = np.nan_to_num(mean) * (1.0 if n < 3 else np.pi / 2) / n
+    return np.nanmedian(g, axis=0).reshape(2, 2), covariance, f"median of {n} of {len(g)} positions, {where}"
+
+
+def _label(valid: xr.DataArray) -> xr.DataArray:
+    """Connected regions of `valid`, numbered from 1; neighbours share a side."""
+    whole = valid.chunk(dict.fromkeys(schema.SCAN_DIMS, -1)) if valid.chunks is not None else valid
+    return xr.apply_ufunc(
+        lambda mask: ndimage.label(mask)[0].astype(np.int32),
+        whole,
+        input_core_dims=[schema.SCAN_DIMS],
+        output_core_dims=[schema.SCAN_DIMS],
+        dask="parallelized",
+        output_dtypes=[np.int32],
+    )
+
+
+def _check_whole(peaks: xr.Dataset) -> None:
+    """Refuse a dataset whose peaks of one pattern lie in several blocks."""
+    chunks = peaks["peak_qy"].chunks
+    if chunks is not None and len(chunks[2]) > 1:
+        raise ValueError(
+            f"'peak' is split into {len(chunks[2])} chunks, but the peaks of one pattern must lie in one; "
+            "rechunk first: peaks.chunk(peak=-1)"
+        )
+
+
+def _scan_rotation(peaks: xr.Dataset) -> float | None:
+    """Scan rotation of the data: an attribute of the peaks, or of the datacube they came from."""
+    source = peaks.attrs.get("datacube")
+    attrs = (dict(source) if isinstance(source, dict) else {}) | peaks.attrs
+    value = attrs.get("scan_rotation_degree")
+    return None if value is None or not np.isfinite(float(value)) else float(value)
