@@ -115,9 +115,8 @@ def find_maxima(
         reference = value[:, relative_to_peak, None]  # sorted, so the absolute criterion left ranks unchanged
         alive &= ~(value / reference < min_relative_intensity) | ~alive[:, relative_to_peak, None]
     if min_peak_spacing > 0:
-        slot, kept, truncated = _space_out(y, x, alive, min_peak_spacing, max_num_peaks)
-    else:
-        slot, kept, truncated = _first(alive, max_num_peaks)
+        alive = _space_out(y, x, alive, min_peak_spacing, max_num_peaks)
+    slot, kept, truncated = _first(alive, max_num_peaks)
     return Maxima(
         torch.where(kept, y.gather(1, slot), -1),
         torch.where(kept, x.gather(1, slot), -1),
@@ -147,28 +146,25 @@ def _sorted_candidates(
     )  # of 3 x 3, NaN wins
     candidate = (centre == highest) & (centre > frame[:, 1:-1, :-2])
 
-    if min_absolute > 0:
-        candidate &= centre >= min_absolute
-    if min_relative > 0 and relative_to_peak == 0:
-        # where the highest pixel is a maximum, the others are measured against it: most candidates go at once
-        top, place = centre.flatten(1).max(1)
-        which = torch.arange(n, device=image.device)
-        y, x = place // centre.shape[2], place % centre.shape[2]
-        certain = candidate[which, y, x] & _above_those_before(image, which, y + edge, x + edge) & (top > 0)
-        bound = torch.where(certain, top * (min_relative * (1 - 1e-6)), -torch.inf)
-        candidate &= centre >= bound[:, None, None]
-
-    which, y, x = candidate.nonzero(as_tuple=True)
-    y, x = y + edge, x + edge
-    genuine = _above_those_before(image, which, y, x)
-    which, y, x = which[genuine], y[genuine], x[genuine]
+    # The highest pixel of the region is nearly always a maximum, and then all others are measured against it:
+    # most candidates go at once. Where it turns out not to be one, this is done again without the short cut.
+    floor = min_absolute if min_absolute > 0 else -torch.inf
+    top = centre.amax((1, 2))
+    relative = min_relative * (1 - 1e-6) if relative_to_peak == 0 else 0.0
+    bound = torch.where((top > 0) & (relative > 0), top * relative, -torch.inf).clamp(min=floor)
+    which, y, x, value = _genuine(image, candidate & (centre >= bound[:, None, None]), edge)
+    highest = torch.full_like(top, -torch.inf).scatter_reduce_(0, which, value, "amax")
+    wrong = (highest < top) & (bound > floor)
+    if wrong.any():
+        bound = torch.where(wrong, floor, bound)
+        which, y, x, value = _genuine(image, candidate & (centre >= bound[:, None, None]), edge)
 
     count = torch.bincount(which, minlength=n)
     slots = max(int(count.max()), 1)
     # filled from the last candidate to the first: a stable sort then leaves ties as py4DSTEM orders them
     slot = count.cumsum(0)[which] - 1 - torch.arange(len(which), device=image.device)
     heights = image.new_full((n, slots), -torch.inf)
-    heights[which, slot] = image[which, y, x]
+    heights[which, slot] = value
     place = torch.zeros((n, slots), dtype=torch.int64, device=image.device)
     place[which, slot] = y * width + x
     heights, order = heights.sort(dim=1, descending=True, stable=True)
@@ -176,36 +172,41 @@ def _sorted_candidates(
     return place // width, place % width, heights
 
 
-def _above_those_before(image: Tensor, which: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Whether the pixels (which, y, x) are higher than their four neighbours that come before them."""
+def _genuine(image: Tensor, candidate: Tensor, edge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Candidates that are higher than all four neighbours before them: image, row, column, height."""
+    which, y, x = candidate.nonzero(as_tuple=True)
+    y, x = y + edge, x + edge
     value = image[which, y, x]
     above = value > image[which, y - 1, x]
-    for dy in (-1, 0, 1):
+    for dy in (-1, 1):
         above &= value > image[which, y + dy, x - 1]
-    return above
+    return which[above], y[above], x[above], value[above]
 
 
-def _space_out(
-    y: Tensor, x: Tensor, alive: Tensor, spacing: float, slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy choice from the highest down: columns (n, slots), if filled, if more were left (n,)."""
-    alive = alive.clone()
+def _space_out(y: Tensor, x: Tensor, alive: Tensor, spacing: float, enough: int) -> Tensor:
+    """Greedy choice among points (n, K), highest first: True where kept, right for the first `enough` + 1.
+
+    Works on 256 points at a time. Of those, all that have no higher undecided rival are kept at once and drop
+    their lower rivals, until nothing is undecided: a few rounds instead of one step per peak.
+    """
     y, x = y.float(), x.float()
-    taken, filled = [], []
-    for rank in range(slots):
-        first = alive.to(torch.uint8).argmax(1, keepdim=True)  # the first True
-        found = alive.gather(1, first)
-        taken.append(first)
-        filled.append(found)
-        distance2 = (y - y.gather(1, first)) ** 2 + (x - x.gather(1, first)) ** 2
-        alive &= (distance2 >= spacing**2) | ~found
-        alive.scatter_(1, first, False)
-        if rank % 8 == 7 and not alive.any():  # seldom, because asking a GPU waits for it
+    kept = torch.zeros_like(alive)
+    for start in range(0, alive.shape[1], 256):
+        stop = min(start + 256, alive.shape[1])
+        undecided = alive[:, start:stop]
+        distance2 = (y[:, start:stop, None] - y[:, None, :stop]) ** 2
+        distance2 += (x[:, start:stop, None] - x[:, None, :stop]) ** 2
+        rival = (distance2 < spacing**2).tril_(start - 1)  # of each point, the higher ones that are too close
+        if start:
+            undecided = undecided & ~(rival[:, :, :start] & kept[:, None, :start]).any(2)
+            rival = rival[:, :, start:]
+        while undecided.any():
+            safe = undecided & ~(rival & undecided[:, None]).any(2)
+            kept[:, start:stop] |= safe
+            undecided = undecided & ~safe & ~(rival & safe[:, None]).any(2)
+        if (kept.sum(1) > enough).all():
             break
-    missing = slots - len(taken)
-    slot = torch.nn.functional.pad(torch.cat(taken, 1), (0, missing))
-    kept = torch.nn.functional.pad(torch.cat(filled, 1), (0, missing))
-    return slot, kept, alive.any(1)
+    return kept
 
 
 def _first(alive: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
