@@ -142,8 +142,8 @@ def compute_strain(
         From :func:`fit_lattice`. In memory or lazy; g1 and g2 are read now unless `reference` holds vectors.
     reference : str, 4 integers, or array_like of shape (2, 2)
         ``"median"``: median of g1 and g2, component by component, over all positions; (y0, y1, x0, x1): over
-        that part of the scan; ((g1_y, g1_x), (g2_y, g2_x)): a known lattice in px, taken as exact. It must
-        name the same two vectors as `lattice`, see ``lattice.attrs["basis_px"]``.
+        that part of the scan; ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken
+        as exact.
     measure, convention
         As for :func:`fcunet.kernels.strain.strain_from_F`.
     rotation_degree : float, optional
@@ -162,7 +162,7 @@ def compute_strain(
     Raises
     ------
     ValueError
-        If the reference has no valid position, no area, or other indices than the lattice.
+        If the reference has no valid position, no area, or is another lattice; for unknown options.
     """
     schema.check_variables(lattice, schema.LATTICE, required=_VECTORS, where="lattice")
     g_ref, reference_covariance, description = _reference(lattice, reference)
