@@ -57,6 +57,23 @@ DATACUBE = _table(
     Variable("origin_qx", SCAN_DIMS, "f", UNIT_PIXEL, "column of the beam centre"),
 )
 
+# root attributes of a datacube, each left out where it is not known
+DATACUBE_ATTRS = (
+    "title",
+    "source_file",
+    "source_format",
+    "source_fingerprint",
+    "reader",
+    "handedness",
+    "beam_energy_keV",
+    "convergence_semiangle_mrad",
+    "camera_length_mm",
+    "scan_rotation_degree",
+    "dwell_time_us",
+    "detector",
+    "simulated",
+)
+
 # scan-shaped by-products of the pass that finds the peaks
 VIRTUAL = _table(
     Variable("bf", SCAN_DIMS, "f", "counts", "bright field: sum inside the central disk"),
