@@ -170,7 +170,6 @@ def simulate(
         dose=dose,
         thickness_nm=thickness_nm,
         seed=seed,
-        return_truth=True,
     )
     write_datacube(out, dataset, truth=truth)
     typer.echo(f"wrote     {out}   next: fcunet preview {out}")
@@ -340,8 +339,8 @@ def train(
     from .training.loop import TrainConfig
     from .training.loop import train as train_network
 
-    given = {k: v for k, v in (("minutes", minutes), ("device", device)) if v is not None}
-    train_network(TrainConfig.load(config, out=out, **given))
+    budget_s = None if minutes is None else 60 * minutes
+    train_network(TrainConfig.load(config, out=out, budget_s=budget_s, device=device))
 
 
 @app.command()

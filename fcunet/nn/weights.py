@@ -187,8 +187,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not of fcunet; give a folder written by 'fcunet train'")
     if values.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {values['format_version']}, this fcunet reads up to {FORMAT_VERSION}; "
-            "upgrade fcunet"
+            f"{path} has format version {values['format_version']}, but this fcunet reads up to "
+            f"{FORMAT_VERSION}; upgrade fcunet"
         )
     return values
 

@@ -447,6 +447,8 @@ def _pattern_sources(config: TrainConfig, device: torch.device) -> SourceFactory
 
     def make(split: str, size: int, seed: int, dose: float | None) -> Source:
         options = dict(config.source) | ({} if dose is None else {"dose": (dose, dose)})
+        if split == "validation":
+            options["refresh"] = 0.0
         try:
             if config.pool is not None:
                 return FolderSource(config.pool, split, size, device, seed, **options)

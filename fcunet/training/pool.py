@@ -13,8 +13,8 @@ from .dataset import PatternSource, Pool, TrainingBatch, load_pool, make_orienta
 def fill_pool(folder: str | Path, n: int, *, split: str = "train", part: int = 128, seed: int = 0) -> None:
     """Scatter `n` random orientations into `folder`, one file of `part` at a time.
 
-    Several processes may fill one folder if their seeds differ. A file that exists is not made again, so a stopped
-    process continues.
+    Several processes may fill one folder if their seeds differ. A file that exists is not made again, so a
+    stopped process continues.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class FolderSource:
         device: torch.device | str = "cpu",
         seed: int = 0,
         *,
-        every: int = 50,
+        every: int = 200,
         **options: object,
     ):
         self.folder, self.split, self.every = Path(folder), split, every

@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from fcunet.kernels.peaks import Peaks
+from fcunet.training.calibration import fit_sigma
+from fcunet.training.evaluate import affine_error, evaluate, match_peaks
+
+
+def peaks_at(position, intensity, sigma=0.1, slots=200):
+    n = len(position)
+    out = [torch.full((n, slots), math.nan) for _ in range(4)]
+    count = torch.zeros(n, dtype=torch.int64)
+    for i in range(n):
+        ok = torch.isfinite(position[i, :, 0])
+        k = int(ok.sum())
+        for slot, values in zip(
+            out, (position[i, ok, 0], position[i, ok, 1], intensity[i, ok], sigma), strict=True
+        ):
+            slot[i, :k] = values
+        count[i] = k
+    return Peaks(*out, count, torch.zeros(n, dtype=torch.bool))
+
+
+@pytest.fixture
+def batch(toy_source):
+    return toy_source(128, seed=3, dose=1e6).batch(4)
+
+
+def test_evaluate__of_the_truth_is_perfect(batch):
+    figures = evaluate(lambda x, p: peaks_at(batch.spot_position, batch.spot_amplitude), [batch])
+    assert figures["recall"] == pytest.approx(1)
+    assert figures["precision"] > 0.98  # some true spots have less than an electron
+    assert figures["position_rms_px"] == pytest.approx(0, abs=1e-5)
+    assert figures["R"] == pytest.approx(0, abs=1e-6)
+    assert figures["forbidden_ratio"] == pytest.approx(0)
+    assert figures["R_blind"] > 0.3
+    assert figures["forbidden_ratio_sqrt_I"] > 0.1
+
+
+def test_evaluate__counts_a_missed_and_a_false_peak(batch):
+    position = batch.spot_position.clone()
+    electrons = torch.where(torch.isfinite(position[..., 0]), batch.spot_electrons, 0)
+    row = int(electrons[0].argmax())
+    position[0, row] += 6.0  # between the disks
+    before = match_peaks(peaks_at(batch.spot_position, batch.spot_amplitude), batch)
+    found = match_peaks(peaks_at(position, batch.spot_amplitude), batch)
+    assert (found.n_false - before.n_false).tolist() == [1, 0, 0, 0]
+    assert (before.found & ~found.found).nonzero().tolist() == [[0, row]]
+
+
+def test_evaluate__a_constant_sigma_that_is_right_covers(batch):
+    generator = torch.Generator().manual_seed(0)
+    noisy = batch.spot_position + 0.1 * torch.randn(batch.spot_position.shape, generator=generator)
+    figures = evaluate(lambda x, p: peaks_at(noisy, batch.spot_amplitude, 0.1), [batch])
+    assert figures["coverage_1"] == pytest.approx(0.683, abs=0.06)
+    assert figures["coverage_2"] == pytest.approx(0.954, abs=0.04)
+    assert figures["position_rms_px"] == pytest.approx(0.1, rel=0.1)
+
+
+def test_affine_error__recovers_a_strained_pattern(batch):
+    strain = torch.tensor([[2e-3, -1e-3], [5e-4, -3e-3]])
+    moved = batch.spot_position + (batch.spot_position - 64) @ strain.T + 0.2
+    matches = match_peaks(peaks_at(moved, batch.spot_amplitude), batch)
+    found = affine_error(matches, batch.spot_position)
+    torch.testing.assert_close(found, strain.double().expand(4, 2, 2), rtol=0, atol=2e-5)
+
+
+def test_fit_sigma__finds_scale_and_floor():
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for level in (0.01, 0.1):
+        sigma = torch.full((20000,), level)
+        error = torch.hypot(1.5 * sigma, torch.tensor(0.02))[:, None] * torch.randn(
+            20000, 2, generator=generator
+        )
+        pairs.append((error, sigma))
+    scale, floor = fit_sigma(pairs)
+    assert scale == pytest.approx(1.5, rel=0.06)
+    assert floor == pytest.approx(0.02, abs=0.006)
+
+
+def test_fit_sigma__changes_nothing_without_data():
+    assert fit_sigma([]) == (1.0, 0.0)
