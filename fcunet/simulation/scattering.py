@@ -248,8 +248,7 @@ def select_beams(
     lam = wavelength(energy_keV)
     sigma = interaction_parameter(energy_keV)
     hkl = factors.candidates(g_max)
-    turn = torch.tensor(np.asarray(rotation), dtype=torch.float64, device=device)
-    g = (hkl.to(torch.float64) @ (factors.reciprocal @ turn.T)).to(torch.float32)
+    g = _lab_vectors(factors, rotation, hkl)
     centre = torch.zeros(1, 2, device=device)
     s = excitation_error(g, centre, lam)[:, 0]
     near = s.abs() < s_max
@@ -268,11 +267,23 @@ def select_beams(
         weight = (sigma * factors.v[factors.flat_index(steps)].abs() @ w1) / width
         weight[direct] = torch.inf
     order = torch.topk(weight, min(n_beams, len(weight))).indices
-    hkl, g, s, v = hkl[order], g[order], s[order], v[order]
+    return couple_beams(factors, rotation, energy_keV, hkl[order])
+
+
+def couple_beams(factors: StructureFactors, rotation: np.ndarray, energy_keV: float, hkl: Tensor) -> Beams:
+    """The beams with primitive indices `hkl` (n, 3), direct beam first, in a given orientation."""
+    sigma = interaction_parameter(energy_keV)
+    g = _lab_vectors(factors, rotation, hkl)
+    s = excitation_error(g, torch.zeros(1, 2, device=g.device), wavelength(energy_keV))[:, 0]
     index = factors.flat_index(hkl[:, None, :] - hkl[None, :, :])
     coupling = sigma * (factors.v[index] + 1j * factors.v_absorptive[index])
     coupling.diagonal().sub_(sigma * factors.v[factors.flat_index(torch.zeros_like(hkl[0]))])
-    return Beams(hkl, g, s, v, coupling, energy_keV)
+    return Beams(hkl, g, s, factors.v[factors.flat_index(hkl)], coupling, energy_keV)
+
+
+def _lab_vectors(factors: StructureFactors, rotation: np.ndarray, hkl: Tensor) -> Tensor:
+    turn = torch.tensor(np.asarray(rotation), dtype=torch.float64, device=factors.device)
+    return (hkl.to(torch.float64) @ (factors.reciprocal @ turn.T)).to(torch.float32)
 
 
 def stack_beams(beams: Sequence[Beams], tilts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -439,7 +450,7 @@ def scatter(
 
 
 def zone_rotation(
-    crystal: Crystal, zone: Sequence[float], x_axis: Sequence[float] | None = None
+    crystal: Crystal, zone: Sequence[float] | np.ndarray, x_axis: Sequence[float] | np.ndarray | None = None
 ) -> np.ndarray:
     """Rotation that brings the direction [uvw] of the conventional cell onto the beam (+z).
 

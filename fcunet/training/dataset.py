@@ -283,6 +283,7 @@ def make_orientations(
     rng: np.random.Generator,
     *,
     n_thicknesses: int = 4,
+    n_beams: int = 160,
     batch: int = 8,
     device: torch.device | str = "cpu",
     jitter: bool = True,
@@ -306,7 +307,7 @@ def make_orientations(
         factors = StructureFactors(crystal, g_max=4.4, absorption=rng.uniform(0.0, 0.12), device=device)
         taken = 0
         for _ in range(8):
-            drawn = draw_orientation(factors, rng)
+            drawn = draw_orientation(factors, rng, n_beams=n_beams)
             if drawn is None:
                 continue
             is_rich = count_forbidden(drawn.beams) >= 4
@@ -420,7 +421,8 @@ class PatternSource:
 
     def grow(self, n: int) -> None:
         """Scatter `n` new orientations; the oldest beyond `pool_size` are dropped."""
-        fresh = make_orientations(self.crystals, n, self._rng, device=self.device)
+        series = self.pool.thickness.shape[1]
+        fresh = make_orientations(self.crystals, n, self._rng, n_thicknesses=series, device=self.device)
         self.pool = Pool.concatenate([self.pool, fresh]).last(self.pool_size)
         self._upload()
 

@@ -79,7 +79,7 @@ PROTOTYPES = {
     "YBa2Cu3O7": ("train", 47, 1),
 }
 
-TABLE: list[tuple[str, str, tuple, tuple]] = []
+TABLE: list[tuple[str, str, tuple[float, ...], tuple]] = []
 
 
 def add(name, prototype, cell, *sites):
@@ -258,7 +258,7 @@ add("YBa2Cu3O7", "YBa2Cu3O7", (3.8227, 3.8872, 11.6802), ("Y", 0.5, 0.5, 0.5), (
 add("Fe3C", "cementite", (5.089, 6.7433, 4.5235), ("Fe", 0.1816, 0.0666, 0.3374),
     ("Fe", 0.0367, 0.25, 0.8402), ("C", 0.8771, 0.25, 0.4426))  # fmt: skip
 
-CENTRING = {
+CENTRING: dict[str, list[tuple[float, float, float]]] = {
     "P": [(0, 0, 0)],
     "I": [(0, 0, 0), (0.5, 0.5, 0.5)],
     "F": [(0, 0, 0), (0, 0.5, 0.5), (0.5, 0, 0.5), (0.5, 0.5, 0)],
@@ -283,10 +283,10 @@ def one_lattice_point(positions, numbers, centring):
 
 
 def main():
-    entries = []
+    entries: list[dict] = []
     for name, prototype, cell, sites in TABLE:
         split, group, setting = PROTOTYPES[prototype]
-        cellpar = cell if len(cell) == 6 else (*cell, 90, 90, 90)
+        cellpar = (*cell, 90, 90, 90)[:6]
         atoms = crystal(
             [s[0] for s in sites], [s[1:] for s in sites], spacegroup=group, setting=setting, cellpar=cellpar
         )
@@ -308,12 +308,11 @@ def main():
                 ],
             }
         )
-    document = {
-        "provenance": "published room-temperature structures, sources in build_crystals.py; sites are those "
-        "of one lattice point of the conventional cell (fractional), cell is a, b, c in angstrom and angles in "
-        "degrees",
-        "crystals": entries,
-    }
+    provenance = (
+        "published room-temperature structures, sources in build_crystals.py; sites are those of one lattice "
+        "point of the conventional cell (fractional), cell is a, b, c in angstrom and angles in degrees"
+    )
+    document = {"provenance": provenance, "crystals": entries}
     text = json.dumps(document, indent=None).replace('{"name"', '\n{"name"')
     Path(__file__).with_name("crystals.json").write_text(text + "\n")
 
