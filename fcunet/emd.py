@@ -182,10 +182,13 @@ def _write_peaks(root: Any, peaks: xr.Dataset) -> None:
         table["intensity"] = np.nan_to_num(block["peak_intensity"].values)
         present = np.isfinite(table["qx"]) & np.isfinite(table["qy"])
         for iy in range(stop - start):
-            row = np.empty(nx, object)
+            row = np.empty(nx, data.dtype)
             for ix in range(nx):
                 row[ix] = table[iy, ix, present[iy, ix]]
-            data[start + iy, :] = row
+            # `data[iy, :] = row` takes rows of equally long records for a rectangular array
+            selection = data.id.get_space()
+            selection.select_hyperslab((int(start + iy), 0), (1, nx))
+            data.id.write(h5py.h5s.create_simple((nx,)), selection, row)
     shape = peaks.attrs.get("detector_shape")
     if shape is None:
         shape = [int(peaks[name].max()) + 2 for name in ("peak_qy", "peak_qx")]

@@ -107,6 +107,7 @@ def fit_lattice(
             for name, array in zip(names, results, strict=True)
         }
     )
+    lattice = _with_coordinates_of(peaks, lattice)
     lattice["covariance"].attrs["parameters"] = " ".join(schema.LATTICE_PARAMETERS)
     lattice.attrs = {
         "basis_px": found.g.tolist(),
@@ -196,6 +197,7 @@ def compute_strain(
             for name, array in zip(names, results, strict=False)
         }
     )
+    strain = _with_coordinates_of(lattice, strain)
     strain["valid"] = strain["e_xx"].notnull().assign_attrs(schema.STRAIN["valid"].attrs)
     strain["grain"] = _label(strain["valid"])
     strain["grain"].attrs = schema.STRAIN["grain"].attrs | {
@@ -490,6 +492,11 @@ def _label(valid: xr.DataArray) -> xr.DataArray:
         dask="parallelized",
         output_dtypes=[np.int32],
     )
+
+
+def _with_coordinates_of(source: xr.Dataset, target: xr.Dataset) -> xr.Dataset:
+    """`target` with the scan coordinates of `source`, units and all."""
+    return target.assign_coords({dim: source[dim] for dim in schema.SCAN_DIMS if dim in source.coords})
 
 
 def _check_whole(peaks: xr.Dataset) -> None:

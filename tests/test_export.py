@@ -1,0 +1,183 @@
+"""Files for other programs: tables, NetCDF, py4DSTEM; whole or not at all."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from test_pipeline_strain import make_peaks
+
+from fcunet import schema
+from fcunet.export import export, py4dstem_strain, read_py4dstem_peaks
+from fcunet.pipeline_strain import compute_strain, fit_lattice
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    peaks = make_peaks(noise=0.1)
+    empty = peaks.where(peaks["scan_y"] > 0).assign(n_peaks=peaks["n_peaks"])  # no peaks in the first row
+    return empty.assign_coords(
+        {dim: peaks[dim].assign_attrs(units="nm") for dim in schema.SCAN_DIMS}
+    ).assign_attrs(peaks.attrs)
+
+
+@pytest.fixture(scope="module")
+def results(peaks):
+    lattice = fit_lattice(peaks)
+    strain = compute_strain(lattice, reference=(1, 8, 0, 3), rotation_degree=20)
+    q = np.arange(256) * 0.01
+    coords = {dim: (dim, q, {"units": "1/angstrom"}) for dim in schema.PATTERN_DIMS}
+    mean = xr.DataArray(np.zeros((256, 256), np.float32), coords, schema.PATTERN_DIMS)
+    tree = xr.DataTree.from_dict(
+        {
+            "/strain": strain.drop_vars("F"),
+            "/lattice": lattice.assign(F=strain["F"]),
+            "/diffraction": xr.Dataset({"mean": mean}),
+        }
+    )
+    tree.attrs = schema.format_attrs("results") | {
+        "done": True,
+        "config": {"a": [1, {"b": 2}]},
+        "names": ["x", "y"],
+    }
+    return tree
+
+
+def test_csv__has_a_line_per_position_with_units_and_empty_cells(tmp_path, results):
+    path = export(results, tmp_path / "strain.csv")
+    table = pd.read_csv(path)
+    assert len(table) == 80
+    assert list(table.columns[:8]) == [
+        "row",
+        "column",
+        "scan_y_nm",
+        "scan_x_nm",
+        "e_xx",
+        "e_yy",
+        "e_xy",
+        "theta_rad",
+    ]
+    assert table["e_xx"].isna().sum() == 10
+    np.testing.assert_allclose(table["e_xx"].values.reshape(8, 10), results["strain/e_xx"], rtol=1e-6)
+    last = table.iloc[-1]
+    assert (last["row"], last["column"], last["scan_y_nm"], last["g1_qy_px"]) == (
+        7, 9, 14.0, pytest.approx(float(results["lattice/g1_qy"][7, 9])),
+    )  # fmt: skip
+
+
+def test_csv__of_peaks_has_a_line_per_peak(tmp_path, peaks):
+    table = pd.read_csv(export(peaks.chunk(scan_y=3), tmp_path / "peaks.csv"))
+    assert len(table) == int(peaks["peak_qy"].notnull().sum())
+    first = table.iloc[0]
+    assert (first["row"], first["column"], first["peak"]) == (1, 0, 0)
+    assert first["peak_qx_px"] == pytest.approx(float(peaks["peak_qx"][1, 0, 0]))
+
+
+def test_netcdf__keeps_groups_values_units_and_missing_values(tmp_path, results):
+    path = export(results, tmp_path / "strain.nc", to="netcdf")
+    with xr.open_datatree(path) as found:
+        for group in ("strain", "lattice"):
+            xr.testing.assert_equal(found[group].dataset.load(), results[group].dataset)
+        assert found["strain/theta"].attrs["units"] == "rad"
+        assert found["strain"].dataset["valid"].dtype == bool
+        assert found.attrs["done"] == 1
+        assert json.loads(found.attrs["config"]) == {"a": [1, {"b": 2}]}
+
+
+def test_py4dstem__layout_is_emd_1(tmp_path, results):
+    h5py = pytest.importorskip("h5py")
+    path = export(results, tmp_path / "strain.h5", to="py4dstem")
+    with h5py.File(path) as file:
+        assert file.attrs["emd_group_type"] == "file"
+        assert (file.attrs["version_major"], file.attrs["version_minor"]) == (1, 0)
+        node = file["fcunet_root/strain"]
+        assert (node.attrs["emd_group_type"], node.attrs["python_class"]) == ("array", "RealSlice")
+        assert node["data"].shape == (9, 8, 10)
+        assert node["dim2"].attrs["name"] == "_labels_"
+        labels = [label.decode() for label in node["dim2"][()]]
+        assert labels[:5] == ["e_xx", "e_yy", "e_xy", "theta", "mask"]
+        calibration = file["fcunet_root/metadatabundle/calibration"]
+        assert calibration["R_pixel_size"][()] == 2.0
+        assert calibration["R_pixel_units"][()] == b"nm"
+        assert calibration["Q_pixel_size"][()] == pytest.approx(0.01)
+        assert calibration["Q_pixel_units"][()] == b"A^-1"
+        assert calibration["QR_rotation"][()] == pytest.approx(np.deg2rad(20))
+        assert calibration["Q_pixel_size"].attrs["type"] == "number"
+        np.testing.assert_allclose(calibration["qx0"][1:], results["lattice/origin_qy"][1:])
+
+
+def test_py4dstem__strain_is_in_their_axes_and_definition(results):
+    """Their x is our y; a stretch s along it is 1 - 1/s; their rotation is the same number."""
+    F = np.tile(np.diag([1.02, 1.0]), (8, 10, 1, 1))
+    lattice = fit_lattice(make_peaks(F=F))
+    strain = compute_strain(lattice, reference=((1.5, 31.0), (27.0, 4.0)))
+    slices = py4dstem_strain(xr.DataTree.from_dict({"strain": strain, "lattice": lattice}))
+    np.testing.assert_allclose(slices["e_xx"], 1 - 1 / 1.02, atol=1e-9)
+    np.testing.assert_allclose(slices["e_yy"], 0, atol=1e-9)
+    np.testing.assert_array_equal(slices["e_xx_std"], strain["e_yy_std"])
+    whole = py4dstem_strain(results)
+    assert whole["mask"].sum() == 70
+    np.testing.assert_allclose(whole["theta"], results["strain/theta"], atol=2e-3)  # to first order
+
+
+def test_py4dstem__peaks_come_back_as_they_were(tmp_path, peaks):
+    pytest.importorskip("h5py")
+    found = read_py4dstem_peaks(export(peaks.chunk(scan_y=3, scan_x=4), tmp_path / "peaks.h5", to="py4dstem"))
+    schema.check_peaks(found)
+    n = found.sizes["peak"]
+    for name in ("peak_qy", "peak_qx", "peak_intensity"):
+        np.testing.assert_allclose(found[name], peaks[name].values[..., :n].astype(np.float32))
+    assert found["n_peaks"].values[0].tolist() == [0] * 10
+    assert found.attrs["detector_shape"] == [256, 256]
+    assert found["scan_x"].values[-1] == 18.0
+    np.testing.assert_allclose(
+        fit_lattice(found)["g1_qx"], fit_lattice(peaks, weighting="uniform")["g1_qx"], atol=0.2
+    )
+
+
+def test_export__replaces_nothing_unless_told_to(tmp_path, results):
+    path = tmp_path / "strain.csv"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export(results, path)
+    assert path.read_text() == "mine"
+    export(results, path, overwrite=True)
+    assert path.read_text().startswith("row,column")
+
+
+def test_export__leaves_nothing_behind_when_it_fails(tmp_path, results, monkeypatch):
+    def full_disk(path, *_):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fcunet.export.write_emd", full_disk)
+    (tmp_path / "old.h5").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        export(results, tmp_path / "old.h5", to="py4dstem", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.h5"]
+    assert (tmp_path / "old.h5").read_text() == "old"
+
+
+def test_export__says_what_is_wrong(tmp_path, results, peaks):
+    with pytest.raises(ValueError, match="choose one of csv, netcdf, py4dstem"):
+        export(results, tmp_path / "a.mat", to="matlab")
+    with pytest.raises(FileNotFoundError, match="mkdir -p"):
+        export(results, tmp_path / "missing" / "a.csv")
+    with pytest.raises(FileExistsError, match="is a folder"):
+        export(results, tmp_path)
+    with pytest.raises(ValueError, match="has no peaks"):
+        export(results, tmp_path / "a.csv", what="peaks")
+
+
+def test_read_py4dstem_peaks__says_what_is_wrong(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_py4dstem_peaks(tmp_path / "missing.h5")
+    (tmp_path / "text.h5").write_text("no")
+    with pytest.raises(ValueError, match="not an HDF5 file"):
+        read_py4dstem_peaks(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "empty.h5", "w"):
+        pass
+    with pytest.raises(ValueError, match="holds no BraggVectors"):
+        read_py4dstem_peaks(tmp_path / "empty.h5")

@@ -1,0 +1,238 @@
+"""Labelled lattice and strain: names, laziness, references, frames, truth."""
+
+import itertools
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from fcunet import schema
+from fcunet.pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
+
+G = np.array([[1.5, 31.0], [27.0, 4.0]])  # (y, x), px
+SITES = np.array(list(itertools.product(range(-4, 5), repeat=2)))
+SHAPE = (8, 10)
+DIMS = schema.PEAK_DIMS
+
+
+def truth():
+    """No strain in the first three columns, an inclusion with a given matrix from column 6 on (S9)."""
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    F[:, 3:6] += np.array([[0.010, 0.004], [0.002, -0.006]])  # [[yy, yx], [xy, xx]]
+    F[:, 6:] += np.array([[0.1, 0.05], [0.15, 0.2]]) / 5
+    return F
+
+
+def make_peaks(noise=0.0, seed=0, F=None):
+    rng = np.random.default_rng(seed)
+    F = truth() if F is None else F
+    origin = np.array([127.0, 130.0]) + np.stack(
+        np.meshgrid(np.arange(8) * 0.1, np.arange(10) * 0.2, indexing="ij"), -1
+    )
+    q = origin[..., None, :] + SITES @ (G @ np.linalg.inv(F))
+    q = q + noise * rng.normal(size=q.shape)
+    q = np.where((np.abs(q - 128) < 110).all(-1)[..., None], q, np.nan)
+    intensity = np.where(np.isfinite(q[..., 0]), np.exp(-(SITES**2).sum(1) / 10.0), np.nan)
+    order = np.argsort(-np.nan_to_num(intensity, nan=-1), axis=-1, kind="stable")
+    values = {
+        "peak_qy": np.take_along_axis(q[..., 0], order, -1),
+        "peak_qx": np.take_along_axis(q[..., 1], order, -1),
+        "peak_intensity": np.take_along_axis(intensity, order, -1),
+        "peak_sigma": np.take_along_axis(
+            np.where(np.isfinite(intensity), max(noise, 0.01), np.nan), order, -1
+        ),
+    }
+    peaks = xr.Dataset({k: (DIMS, v) for k, v in values.items()}, attrs={"detector_shape": [256, 256]})
+    peaks["n_peaks"] = peaks["peak_qy"].notnull().sum("peak").astype(np.int16)
+    return peaks.assign_coords(scan_y=("scan_y", np.arange(8) * 2.0), scan_x=("scan_x", np.arange(10) * 2.0))
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    return make_peaks()
+
+
+@pytest.fixture(scope="module")
+def lattice(peaks):
+    return fit_lattice(peaks)
+
+
+def test_fit_lattice__follows_the_schema(lattice):
+    schema.check_variables(lattice, schema.LATTICE, required=[n for n in schema.LATTICE if n != "F"])
+    assert lattice["g1_qy"].attrs["units"] == "px"
+    assert lattice.attrs["basis_source"] == "found from the peaks"
+    assert list(lattice.coords) == ["scan_y", "scan_x"]
+
+
+def test_fit_lattice__of_lazy_peaks_is_lazy_and_the_same(peaks, lattice):
+    lazy = fit_lattice(peaks.chunk(scan_y=3, scan_x=4))
+    assert lazy["g1_qy"].chunks == ((3, 3, 2), (4, 4, 2))
+    xr.testing.assert_identical(lazy.compute(), lattice)
+
+
+def test_fit_lattice__takes_a_basis_an_origin_and_origins_per_position(peaks, lattice):
+    given = fit_lattice(peaks, basis=lattice.attrs["basis_px"], origin=(128, 131))
+    np.testing.assert_allclose(given["g1_qx"], lattice["g1_qx"], atol=1e-9)
+    assert given.attrs["basis_source"] == "given"
+    measured = peaks.assign(
+        origin_qy=lattice["origin_qy"] + 2.0, origin_qx=lattice["origin_qx"].where(lattice["origin_qx"] > 131)
+    )
+    np.testing.assert_allclose(fit_lattice(measured)["origin_qx"], lattice["origin_qx"], atol=1e-9)
+
+
+def test_fit_lattice__works_without_intensity_and_sigma(peaks, lattice):
+    bare = fit_lattice(peaks[["peak_qy", "peak_qx"]])
+    assert bare.attrs["weighting"] == "uniform"
+    np.testing.assert_allclose(compute_strain(bare)["e_xx"], compute_strain(lattice)["e_xx"], atol=1e-9)
+
+
+def test_fit_lattice__is_nan_where_a_position_has_no_peaks(peaks):
+    lattice = fit_lattice(peaks.where(peaks["scan_y"] > 0))
+    strain = compute_strain(lattice)
+    assert lattice["n_indexed"][0].values.tolist() == [0] * 10
+    assert not strain["valid"][0].any()
+    assert strain["valid"][1:].all()
+    assert strain[["e_xx", "e_xx_std"]].isel(scan_y=0).to_array().isnull().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda p: p.chunk(peak=5), {}, r"peaks.chunk\(peak=-1\)"),
+        (lambda p: p.drop_vars("peak_qx"), {}, "lacks peak_qx"),
+        (lambda p: p, {"weighting": "counts"}, "unknown weighting"),
+        (lambda p: p.drop_vars("peak_intensity"), {"weighting": "intensity"}, "needs the intensities"),
+        (lambda p: p, {"origin": (1, 2, 3)}, "origin has shape"),
+        (lambda p: p * np.nan, {}, "none of the 80 patterns has three peaks"),
+    ],
+)
+def test_fit_lattice__refuses_before_anything_is_computed(peaks, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_lattice(change(peaks).chunk(scan_y=4) if "chunk" not in message else change(peaks), **options)
+
+
+def test_compute_strain__recovers_the_matrix_of_an_inclusion_and_zero_outside(lattice):  # S9
+    strain = compute_strain(lattice, reference=(0, 8, 0, 3))
+    F = truth()
+    np.testing.assert_allclose(strain["F"], F, atol=1e-9)
+    np.testing.assert_allclose(strain["e_xx"], F[..., 1, 1] - 1, atol=1e-9)
+    np.testing.assert_allclose(strain["theta"], (F[..., 0, 1] - F[..., 1, 0]) / 2, atol=1e-9)
+    assert strain.attrs["reference"] == "median of 24 of 24 positions, region 0:8,0:3"
+
+
+def test_compute_strain__follows_the_schema_and_is_lazy_on_demand(peaks, lattice):
+    strain = compute_strain(lattice)
+    schema.check_variables(strain, schema.STRAIN)
+    lazy = compute_strain(fit_lattice(peaks.chunk(scan_y=3, scan_x=4)))
+    assert lazy["e_xx"].chunks == ((3, 3, 2), (4, 4, 2))
+    xr.testing.assert_identical(lazy.compute(), strain)
+
+
+def test_compute_strain__median_reference_keeps_a_ramp(peaks):  # S5
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    F[..., 1, 1] += 0.001 * np.arange(10)
+    e_xx = compute_strain(fit_lattice(make_peaks(F=F)))["e_xx"].mean("scan_y")
+    np.testing.assert_allclose(np.diff(e_xx), 0.001 / 1.0045, atol=1e-6)
+    assert e_xx[4] < 0 < e_xx[5]
+
+
+def test_compute_strain__takes_any_vectors_of_the_reference_lattice(lattice):
+    expected = compute_strain(lattice, reference=(0, 8, 0, 3))["F"]
+    for vectors in (G, G[::-1], np.array([[2.0, 1.0], [1.0, 1.0]]) @ G):
+        np.testing.assert_allclose(compute_strain(lattice, reference=vectors)["F"], expected, atol=1e-9)
+
+
+def test_compute_strain__is_turned_into_the_scan_frame(peaks, lattice):  # S4
+    F = np.tile(np.diag([1.01, 1.0]), (*SHAPE, 1, 1))
+    fitted = fit_lattice(make_peaks(F=F).assign_attrs(scan_rotation_degree=90.0))
+    for options in ({}, {"rotation_degree": 90}, {"rotation_degree": 0, "transpose": True}):
+        strain = compute_strain(fitted, reference=G, **options)
+        assert strain.attrs["frame"] == "scan"
+        np.testing.assert_allclose(strain["e_xx"], 0.01, atol=1e-9)
+        np.testing.assert_allclose(strain["e_yy"], 0, atol=1e-9)
+    assert compute_strain(lattice).attrs["frame"] == "detector"
+
+
+def test_compute_strain__scan_rotation_is_found_among_the_datacube_attributes(peaks):
+    fitted = fit_lattice(peaks.assign_attrs(datacube={"scan_rotation_degree": 30.0}))
+    assert compute_strain(fitted).attrs["rotation_degree"] == 30.0
+
+
+def test_compute_strain__numbers_connected_regions(peaks):
+    strain = compute_strain(fit_lattice(peaks.where((peaks["scan_x"] != 8) & (peaks["scan_y"] > 0))))
+    assert strain["grain"][0].values.tolist() == [0] * 10
+    assert strain["grain"][3].values.tolist() == [1, 1, 1, 1, 0, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("mean", "use 'median', a region"),
+        ((0, 9, 0, 3), "not inside the scan of 8 x 10"),
+        ((1, 2, 3), "reference has shape"),
+        (((0, 40.0), (40.0, 0)), "not the lattice that was fitted"),
+    ],
+)
+def test_compute_strain__refuses_a_reference_it_cannot_use(lattice, reference, message):
+    with pytest.raises(ValueError, match=message):
+        compute_strain(lattice, reference=reference)
+
+
+def test_compute_strain__says_when_the_reference_has_no_lattice(peaks):
+    fitted = fit_lattice(peaks.where(peaks["scan_x"] > 4))
+    with pytest.raises(ValueError, match="no position of the reference"):
+        compute_strain(fitted, reference=(0, 8, 0, 2))
+
+
+def test_compute_strain__error_bars_include_the_reference():
+    lattice = fit_lattice(make_peaks(noise=0.3))
+    one, many = (compute_strain(lattice, reference=(0, 1, 0, n)) for n in (1, 3))
+    exact = compute_strain(lattice, reference=G)
+    assert (one["e_xx_std"] > 1.3 * exact["e_xx_std"]).mean() > 0.9  # sqrt(2) for two equal errors
+    assert (many["e_xx_std"] < one["e_xx_std"]).all()
+
+
+def test_compare_with_truth__counts_error_bars():
+    F = truth()
+    true = xr.Dataset(
+        {
+            "e_xx": (DIMS[:2], F[..., 1, 1] - 1),
+            "e_yy": (DIMS[:2], F[..., 0, 0] - 1),
+            "e_xy": (DIMS[:2], (F[..., 0, 1] + F[..., 1, 0]) / 2),
+            "theta": (DIMS[:2], (F[..., 0, 1] - F[..., 1, 0]) / 2),
+        },
+        coords=make_peaks().coords,
+    )
+    strain = compute_strain(fit_lattice(make_peaks(noise=0.3)), reference=G)
+    for errors in compare_with_truth(strain, true).values():
+        assert errors["n"] == 80
+        assert errors["rms"] < 0.0015
+        assert abs(errors["slope"] - 1) < 0.05
+        assert 0.5 < errors["within_1"] < 0.85  # 80 positions: one standard deviation is 5 points
+        assert errors["within_2"] > 0.88
+    perfect = compare_with_truth(true, true)["e_xx"]
+    assert perfect["rms"] == perfect["bias"] == 0
+    with pytest.raises(ValueError, match="no scan position in common"):
+        compare_with_truth(strain, true.assign_coords(scan_y=true["scan_y"] + 1000))
+
+
+def test_bragg_vector_map__sums_the_intensities_lazily_or_not(peaks):
+    whole, parts = bragg_vector_map(peaks), bragg_vector_map(peaks.chunk(scan_y=3, scan_x=4))
+    assert whole.shape == (256, 256)
+    assert parts.chunks is not None
+    assert float(whole.sum()) == pytest.approx(float(peaks["peak_intensity"].sum()))
+    np.testing.assert_allclose(parts.compute(), whole, atol=1e-12)
+    assert bragg_vector_map(peaks, sampling=2).shape == (512, 512)
+    assert float(bragg_vector_map(peaks, weighted=False).sum()) == pytest.approx(int(peaks["n_peaks"].sum()))
+
+
+def test_bragg_vector_map__takes_out_the_descan(peaks, lattice):
+    raw, centred = bragg_vector_map(peaks), bragg_vector_map(peaks, lattice=lattice)
+    y, x = (round(v) for v in centred.attrs["origin_px"])
+    near = {"qy": slice(y - 2, y + 2), "qx": slice(x - 2, x + 2)}
+    assert float(centred.sel(near).max()) > 1.5 * float(raw.sel(near).max())
+
+
+def test_bragg_vector_map__without_a_known_detector_is_just_large_enough(peaks):
+    image = bragg_vector_map(peaks.drop_attrs())
+    assert image.shape == tuple(int(peaks[n].max()) + 2 for n in ("peak_qy", "peak_qx"))
