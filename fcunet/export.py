@@ -122,14 +122,11 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
 def _write_csv(path: Path, source: xr.DataTree | xr.Dataset) -> None:
     """A table, some scan rows at a time."""
     if isinstance(source, xr.DataTree):
-        groups = [
-            source[name].dataset for name in ("strain", "lattice", "virtual") if name in source.children
-        ]
-        table = xr.merge(
-            [g[[n for n in g if g[n].dims == schema.SCAN_DIMS]] for g in groups],
-            combine_attrs="drop",
-            compat="override",
-        )
+        table = xr.Dataset(coords=source["strain"].dataset.coords)
+        for group in ("strain", "lattice", "virtual"):
+            if group in source.children:
+                variables = source[group].dataset.data_vars
+                table = table.assign({n: v for n, v in variables.items() if v.dims == schema.SCAN_DIMS})
     else:
         table = source[[name for name in schema.PEAK_VARIABLES if name in source]]
     per_peak = not isinstance(source, xr.DataTree)
