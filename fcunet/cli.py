@@ -189,7 +189,16 @@ def convert(
     convergence_semiangle_mrad: Annotated[
         float | None, typer.Option(help="convergence semi-angle, mrad")
     ] = None,
+    scan_rotation_degree: Annotated[
+        float | None, typer.Option(help="scan against detector, +x towards +y, degrees")
+    ] = None,
     probe: Annotated[Path | None, typer.Option(help="vacuum probe: .npy, or any single pattern")] = None,
+    flip: Annotated[str, typer.Option(help="mirror the detector: none, rows, columns, both")] = "none",
+    dataset: Annotated[
+        str | None, typer.Option(help="which array or signal, where the file holds several")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="which exit depth of a simulated scan")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing store")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be written, and write nothing")
     ] = False,
@@ -208,7 +217,12 @@ def convert(
         q_pixel=_quantity(q_pixel, "q-pixel", ("1/angstrom", "1/nm", "mrad")),
         beam_energy_keV=beam_energy_kev,
         convergence_semiangle_mrad=convergence_semiangle_mrad,
+        scan_rotation_degree=scan_rotation_degree,
         probe=probe,
+        flip=flip,  # type: ignore[arg-type]
+        dataset=dataset,
+        depth=depth,
+        overwrite=overwrite,
         dry_run=dry_run,
     )
     if dry_run:

@@ -153,6 +153,8 @@ def convert(
     file has no zero of q, q counts from the middle of the detector; the beam's own centre is measured later.
     """
     dest = Path(dest)
+    if dest.exists() and not (overwrite or dry_run):
+        raise FileExistsError(f"{dest} exists; choose another name, or replace it with --overwrite")
     opened = open_source(
         source,
         scan_shape=scan_shape,

@@ -294,7 +294,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if kind == "results":
         tree = open_results(path)
         facts["groups"] = ", ".join(
-            f"{name} ({', '.join(map(str, node.data_vars))})" for name, node in tree.items()
+            f"{name} ({', '.join(sorted(map(str, node.data_vars)))})"
+            for name, node in sorted(tree.children.items())
         )
     elif kind == "peaks":
         peaks, grid = open_peaks(path), block_grid(path)

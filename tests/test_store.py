@@ -344,14 +344,13 @@ w.close()
 
 def test_writer__survives_sigkill_in_the_middle_of_a_shard(tmp_path):
     path = tmp_path / "a.zarr"
-    for stop in ("2", "5"):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, path], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.strip() == stop:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.communicate()
-        assert not path.exists()
+    process = subprocess.Popen([sys.executable, "-c", KILLED, path], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "4":
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert not path.exists()
     subprocess.run([sys.executable, "-c", KILLED, path], check=True, capture_output=True)
     assert not list(path.rglob("*.partial"))
     for iy, ix in store.block_grid(path):
@@ -552,7 +551,7 @@ def test_describe__datacube_peaks_results_and_run(tmp_path, path):
     store.set_status(peaks, 0, 1, schema.STATUS_DONE)
     assert store.describe(peaks)["blocks done"] == "1 of 4"
     store.write_results(run / "strain.zarr", results_tree())
-    assert "strain (e_xx" in store.describe(run)["strain groups"]
+    assert "strain (e_xx, e_xy, e_yy, theta, valid)" in store.describe(run)["strain groups"]
     with pytest.raises(ValueError, match="neither a store nor the folder of a run"):
         store.describe(tmp_path)
 
