@@ -326,7 +326,7 @@ def test_prismatic__asks_for_the_depth(test_data, out):
         stored = file["4DSTEM_simulation/data/datacubes/CBED_array_depth0001/datacube"][()]
     np.testing.assert_array_equal(dataset.intensity.values, stored)
     with pytest.raises(ValueError, match="depths 0 to 1, not 7"):
-        convert(path, out, depth=7)
+        convert(path, out, depth=7, overwrite=True)
 
 
 def test_tvips__series_in_one_or_several_files(test_data, out):
@@ -339,7 +339,7 @@ def test_tvips__series_in_one_or_several_files(test_data, out):
     np.testing.assert_array_equal(split.intensity.values, one.intensity.values)
     assert one.attrs["beam_energy_keV"] == 200.0
     with pytest.raises(ValueError, match=r"later part.*test_tvips_2345_split_000\.tvips"):
-        convert(folder / "test_tvips_2345_split_001.tvips", out)
+        convert(folder / "test_tvips_2345_split_001.tvips", out, overwrite=True)
 
 
 def test_direct_electron__raster_with_steps_of_its_text_file(test_data, out):
