@@ -3,8 +3,9 @@
     python workflows/train_fcunet.py workflows/configs/train.yaml --out runs/mine
     torchrun --nproc-per-node 4 workflows/train_fcunet.py workflows/configs/train.yaml
 
-Stopped at any moment, the same command continues. With ``--scatter N`` (in as many other processes as there are free
-cores) it scatters N orientations into the folder `pool` of the settings instead, for the training to draw from.
+Stopped at any moment, the same command continues. With ``--scatter N`` (in as many other processes as there
+are free cores) it scatters N orientations into the folder `pool` of the settings instead, for the training to
+draw from.
 """
 
 import argparse

@@ -8,7 +8,7 @@ a multiple of 16 and, for large disks, binned.
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .layers import ProbeFilters, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
 LOG_SIGMA_RANGE = (-5.0, 0.5)  # natural log of px of the binned frame: 0.007 to 1.6 px
+KINDS = ("default", "paper", "paired")
 MULTIPLE = 16  # frames are padded to a multiple of this
 
 
@@ -28,6 +29,8 @@ class FCUNetConfig:
 
     Parameters
     ----------
+    kind : {"default", "paper", "paired"}
+        The network below, the published FCU-Net, or its corrected twin (:mod:`fcunet.nn.published`).
     widths : tuple of int
         Channels at 1/2, 1/4, 1/8 and 1/16 of the frame.
     filter_orders : tuple of int
@@ -39,21 +42,33 @@ class FCUNetConfig:
     max_radius_px : float
         Frames with larger disks are binned by 2, 3, ... first, so that the trunk sees radii it was trained
         on.
+    filters, convs_per_block, levels, dropout : int, int, int, float
+        Of the published networks only: complex filters of the first block, convolutions per block, poolings,
+        and the rate of dropout, which stays on at inference in "paper".
     threshold : float
-        Smallest height of the Bragg map that is a peak, 0 to 1.
+        Smallest height of the Bragg map that is a peak: 0 to 1, for the published networks in units of 4 V.
     sigma_scale, sigma_floor_px : float
         Calibration of the position error on held-out prototypes: ``sqrt((scale sigma)^2 + floor^2)``.
     """
 
+    kind: str = "default"
     widths: tuple[int, int, int, int] = (24, 40, 64, 96)
     filter_orders: tuple[int, ...] = (0, 0, 1, 2)
     n_radial: int = 12
     attention_layers: int = 2
     attention_heads: int = 4
     max_radius_px: float = 13.0
+    filters: int = 8
+    convs_per_block: int = 1
+    levels: int = 7
+    dropout: float = 0.1
     threshold: float = 0.3
     sigma_scale: float = 1.0
     sigma_floor_px: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of network is {self.kind!r}; choose one of {', '.join(KINDS)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FCUNetConfig":
@@ -148,7 +163,53 @@ class UpBlock(nn.Module):
         return self.block(up + skip)
 
 
-class FCUNet(nn.Module):
+class Network(nn.Module):
+    """What all members share: a configuration, the arithmetic of the trunk, and the origin of the weights."""
+
+    def __init__(self, config: FCUNetConfig):
+        super().__init__()
+        self.config = config
+        self.precision = "fp32"  # or "bf16"
+        self.info: Any = None  # set by load_model
+
+    def channels_last(self) -> Self:
+        """Store convolution weights with channels last (in place), which is faster on every device."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
+
+    def fuse(self) -> Self:
+        """Fold batch norms into the convolutions before them (in place): the same maps, sooner."""
+        for block in self.modules():
+            if isinstance(block, ConvBlock):
+                for i in (0, 3):
+                    conv, norm = block[i], block[i + 1]
+                    assert isinstance(conv, nn.Conv2d)
+                    assert isinstance(norm, nn.BatchNorm2d)
+                    block[i] = fuse_conv_bn_eval(conv, norm)
+                    block[i + 1] = nn.Identity()
+        return self
+
+    def binning(self, radius: Tensor) -> int:
+        """Detector pixels to bin together, one number for all `radius` (px) of a batch."""
+        bins = torch.ceil(radius / self.config.max_radius_px).clamp_min(1)
+        if bool((bins != bins[0]).any()):
+            raise ValueError(
+                f"probes of {float(radius.min()):.1f} to {float(radius.max()):.1f} px radius need different "
+                f"binning (above {self.config.max_radius_px:g} px); put them in separate batches"
+            )
+        return int(bins[0])
+
+    def calibrated_log_sigma(self, sigma: Tensor, binning: int) -> Tensor:
+        """Log of the position error in detector px, from the network's own `sigma` in binned px."""
+        sigma = sigma * self.config.sigma_scale * binning
+        if self.config.sigma_floor_px:
+            sigma = torch.hypot(sigma, torch.as_tensor(self.config.sigma_floor_px).to(sigma))
+        return sigma.log()
+
+
+class FCUNet(Network):
     """Finds Bragg disks, their centres to a fraction of a pixel, and |V_g|, whatever multiple scattering did.
 
     The intensity scale of either image does not matter. Everything is a convolution, in real or in Fourier
@@ -162,10 +223,8 @@ class FCUNet(nn.Module):
     """
 
     def __init__(self, config: FCUNetConfig | None = None):
-        super().__init__()
-        self.config = config = config or FCUNetConfig()
-        self.precision = "fp32"
-        self.info: Any = None  # set by load_model
+        config = config or FCUNetConfig()
+        super().__init__(config)
         c0, c1, c2, c3 = config.widths
         self.filters = ProbeFilters(2, orders=config.filter_orders, n_radial=config.n_radial)
         n_in = 2 * 4 + self.filters.out_channels + 1
@@ -214,18 +273,7 @@ class FCUNet(nn.Module):
             If shapes disagree, a probe is empty, or the probes of one batch differ so much in radius that
             they need different binning.
         """
-        frame = (patterns.shape[-2], patterns.shape[-1])
-        if patterns.ndim != 3 or probes.shape[-2:] != patterns.shape[-2:] or probes.ndim not in (2, 3):
-            raise ValueError(
-                f"patterns have shape {tuple(patterns.shape)} and the probe {tuple(probes.shape)}; "
-                "needed are (n, H, W) and (H, W) or (n, H, W) with the same H, W"
-            )
-        probes = probes.float().clamp_min(0).reshape(-1, *frame)
-        radius = disk_radius(probes)  # (n|1,) px
-        if not bool(torch.isfinite(radius).all()):
-            raise ValueError(
-                "the probe is empty (all zero or NaN); measure one or make one from the disk radius"
-            )
+        frame, probes, radius = check_inputs(patterns, probes)
         binning = binning or self.binning(radius)
         x = bin_frame(patterns.float().clamp_min(0), binning)  # (n, h, w)
         p = bin_frame(roll_to_origin(probes), binning, wrapped=True)  # (n|1, h, w)
@@ -247,59 +295,41 @@ class FCUNet(nn.Module):
             x3 = self.context(self.enc3(x2))  # (n, 96, h/16, w/16)
             d0 = self.dec0(self.dec1(self.dec2(x3, x2), x1), x0)  # (n, 24, h/2, w/2)
             a1 = self.amp1(self.amp2(x3, x2), x1)  # (n, 40, h/4, w/4)
-            d0, a1 = (
-                self.position_hidden(d0),
-                self.amplitude_hidden(a1),
-            )  # (n, 32, h/2, w/2), (n, 40, h/4, w/4)
+            d0 = self.position_hidden(d0)  # (n, 32, h/2, w/2)
+            a1 = self.amplitude_hidden(a1)  # (n, 40, h/4, w/4)
         heads = self.position_head(d0.float())  # (n, 4, h/2, w/2)
         root = F.pixel_shuffle(self.amplitude_head(a1.float()), 2)[:, 0]  # (n, h/2, w/2) sqrt(|V_g| / 4 V)
         return self._output(heads, root, level, binning, frame)
-
-    def channels_last(self) -> "FCUNet":
-        """Store convolution weights with channels last (in place), which is faster on every device."""
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return self
-
-    def fuse(self) -> "FCUNet":
-        """Fold batch norms into the convolutions before them (in place): the same maps, sooner."""
-        for block in self.modules():
-            if isinstance(block, ConvBlock):
-                for i in (0, 3):
-                    conv, norm = block[i], block[i + 1]
-                    assert isinstance(conv, nn.Conv2d)
-                    assert isinstance(norm, nn.BatchNorm2d)
-                    block[i] = fuse_conv_bn_eval(conv, norm)
-                    block[i + 1] = nn.Identity()
-        return self
-
-    def binning(self, radius: Tensor) -> int:
-        """Detector pixels to bin together, one number for all `radius` (px) of a batch."""
-        bins = torch.ceil(radius / self.config.max_radius_px).clamp_min(1)
-        if bool((bins != bins[0]).any()):
-            raise ValueError(
-                f"probes of {float(radius.min()):.1f} to {float(radius.max()):.1f} px radius need different "
-                f"binning (above {self.config.max_radius_px:g} px); put them in separate batches"
-            )
-        return int(bins[0])
 
     def _output(
         self, heads: Tensor, root: Tensor, level: Tensor, binning: int, frame: tuple[int, int]
     ) -> NetworkOutput:
         lit = (level > 0).to(heads)[:, None, None]  # an empty pattern has no spots
         low, high = LOG_SIGMA_RANGE  # approached smoothly: a hard clamp would stop the gradient for good
-        sigma = (low + (high - low) * torch.sigmoid(heads[:, 3])).exp() * self.config.sigma_scale
-        if self.config.sigma_floor_px:
-            sigma = torch.hypot(sigma, torch.as_tensor(self.config.sigma_floor_px / binning).to(sigma))
+        sigma = (low + (high - low) * torch.sigmoid(heads[:, 3])).exp()
         return NetworkOutput(
             bragg_map=torch.sigmoid(heads[:, 0]) * lit,
             root_amplitude=root,
             offset=heads[:, 1:3] * binning,
-            log_sigma=(sigma * binning).log(),
+            log_sigma=self.calibrated_log_sigma(sigma, binning),
             stride=2 * binning,
             frame=frame,
         )
+
+
+def check_inputs(patterns: Tensor, probes: Tensor) -> tuple[tuple[int, int], Tensor, Tensor]:
+    """Frame (H, W), probes as float (n or 1, H, W), their radii (n or 1,); refuses what does not fit."""
+    frame = (patterns.shape[-2], patterns.shape[-1])
+    if patterns.ndim != 3 or probes.shape[-2:] != patterns.shape[-2:] or probes.ndim not in (2, 3):
+        raise ValueError(
+            f"patterns have shape {tuple(patterns.shape)} and the probe {tuple(probes.shape)}; "
+            "needed are (n, H, W) and (H, W) or (n, H, W) with the same H, W"
+        )
+    probes = probes.float().clamp_min(0).reshape(-1, *frame)
+    radius = disk_radius(probes)
+    if not bool(torch.isfinite(radius).all()):
+        raise ValueError("the probe is empty (all zero or NaN); measure one or make one from the disk radius")
+    return frame, probes, radius
 
 
 def disk_radius(probes: Tensor) -> Tensor:

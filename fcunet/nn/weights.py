@@ -17,14 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .model import FCUNet, FCUNetConfig
+from .model import FCUNetConfig, Network
+from .published import build_network
 
 FORMAT = "fcunet-weights"
 FORMAT_VERSION = 1
 CONFIG_NAME, TENSORS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 PACKAGED = Path(__file__).parent / "weights"
 
-_models: dict[tuple[str, str, str, str], FCUNet] = {}
+_models: dict[tuple[str, str, str, str], Network] = {}
 _lock = threading.Lock()
 
 
@@ -75,7 +76,7 @@ def load_model(
     *,
     device: str | torch.device = "auto",
     precision: str = "auto",
-) -> FCUNet:
+) -> Network:
     """A network ready for inference, loaded once per process, device and precision.
 
     Parameters
@@ -89,7 +90,7 @@ def load_model(
 
     Returns
     -------
-    FCUNet
+    Network
         In eval mode, batch norms folded, gradients off; ``.info`` is its :class:`WeightsInfo`. Shared by all
         callers: do not train it.
 
@@ -118,7 +119,7 @@ def load_model(
 
 
 def save_weights(
-    folder: str | os.PathLike[str], model: FCUNet, *, card: str, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str], model: Network, *, card: str, extra: Mapping[str, Any] | None = None
 ) -> str:
     """Write weights, configuration and model card; returns the SHA-256 of the tensors.
 
@@ -126,7 +127,7 @@ def save_weights(
     ----------
     folder : path
         Created if needed; its name becomes the name of the weights.
-    model : FCUNet
+    model : Network
         Not fused.
     card : str
         Markdown: what it was trained on, for how long, what it reaches, what it cannot do.
@@ -193,7 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _build(folder: Path, values: Mapping[str, Any]) -> FCUNet:
+def _build(folder: Path, values: Mapping[str, Any]) -> Network:
     path = folder / TENSORS_NAME
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != values["sha256"]:
@@ -202,7 +203,7 @@ def _build(folder: Path, values: Mapping[str, Any]) -> FCUNet:
             "copy the weights folder again"
         )
     config = FCUNetConfig.from_dict(values["model"])
-    model = FCUNet(config)
+    model = build_network(config)
     try:
         model.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as err:

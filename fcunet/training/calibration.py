@@ -6,14 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..nn.model import FCUNet, disk_radius
+from ..nn.model import Network, disk_radius
+from ..nn.published import build_network
 from .evaluate import Batch, evaluate, match_peaks, network_detector
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 
 
-def calibrate(model: FCUNet, sets: Mapping[float, Iterable[Batch]]) -> FCUNet:
+def calibrate(model: Network, sets: Mapping[float, Iterable[Batch]]) -> Network:
     """A copy of `model` (eval mode) with threshold and position errors tuned on `sets` (dose -> batches).
 
     The threshold maximises the mean over doses of F1, the harmonic mean of recall and precision at 1 px. The
@@ -53,13 +54,13 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     return answer
 
 
-def _f1(model: FCUNet, threshold: float, batches: Iterable[Batch]) -> float:
+def _f1(model: Network, threshold: float, batches: Iterable[Batch]) -> float:
     figures = evaluate(network_detector(model, threshold=threshold), batches)
     recall, precision = figures["recall"], figures["precision"]
     return 2 * recall * precision / max(recall + precision, 1e-9)
 
 
-def _errors(model: FCUNet, threshold: float, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def _errors(model: Network, threshold: float, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Position errors (k, 2) and predicted sigma (k,) of the spots found."""
     detector, errors, sigmas = network_detector(model, threshold=threshold), [], []
     for batch in batches:
@@ -72,9 +73,9 @@ def _errors(model: FCUNet, threshold: float, batches: Iterable[Batch]) -> tuple[
     return torch.cat(errors), torch.cat(sigmas)
 
 
-def _with(model: FCUNet, **changes: float) -> FCUNet:
+def _with(model: Network, **changes: float) -> Network:
     """The same network with other thresholds."""
-    copy = FCUNet(replace(model.config, **changes))  # type: ignore[arg-type]
+    copy = build_network(replace(model.config, **changes))  # type: ignore[arg-type]
     copy.load_state_dict(model.state_dict())
     copy.precision = model.precision
     return copy.eval()

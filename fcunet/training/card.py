@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from ..nn.model import FCUNet
+from ..nn.model import Network
 
 
 def model_card(
-    name: str, model: FCUNet, facts: dict[str, Any], figures: dict[float, dict[str, float]], remarks: str = ""
+    name: str,
+    model: Network,
+    facts: dict[str, Any],
+    figures: dict[float, dict[str, float]],
+    remarks: str = "",
 ) -> str:
     """Markdown beside the weights: training, figures on held-out prototypes, limits."""
     rows = {
@@ -33,7 +37,7 @@ def model_card(
     lines = [
         f"# Weights `{name}`",
         "",
-        f"FCUNet, {n_parameters:,} parameters; threshold {config.threshold:g};",
+        f"Network `{config.kind}`, {n_parameters:,} parameters; threshold {config.threshold:g};",
         f"peak sigma = sqrt(({config.sigma_scale:.3g} sigma)^2 + ({config.sigma_floor_px:.3g} px)^2).",
         "",
         "## Training",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.peaks import Peaks
 from ..nn.decode import decode
-from ..nn.model import FCUNet, disk_radius
+from ..nn.model import Network, disk_radius
 
 MATCH_PX = 1.0
 VISIBLE_ELECTRONS = 20.0  # fewer electrons in a disk: not asked for
@@ -191,7 +191,7 @@ class Totals:
         }
 
 
-def network_detector(model: FCUNet, *, threshold: float | None = None, max_num_peaks: int = 160) -> Detector:
+def network_detector(model: Network, *, threshold: float | None = None, max_num_peaks: int = 160) -> Detector:
     """`model` as a detector, in the mode (train or eval) it is in."""
     level = model.config.threshold if threshold is None else threshold
 

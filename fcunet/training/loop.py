@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nn.model import FCUNet, FCUNetConfig
+from ..nn.model import FCUNetConfig, Network
+from ..nn.published import build_network
 from ..nn.weights import pick_device, save_weights
 from .calibration import calibrate
 from .card import model_card
 from .evaluate import Batch, evaluate, network_detector
 from .log import Moment, ProgressLine, TrainingLog
-from .losses import LossConfig, Losses, compute_losses
+from .losses import LossConfig, Losses, compute_losses, image_losses
 from .settings import TrainConfig
 
 __all__ = ["TrainConfig", "Validation", "export_weights", "train"]
@@ -49,8 +50,8 @@ SourceFactory = Callable[[str, int, int, float | None], Source]
 class State:
     """All that changes during a training; what a checkpoint holds, beside the random generators."""
 
-    model: FCUNet
-    ema: FCUNet
+    model: Network
+    ema: Network
     optimizer: torch.optim.AdamW
     source: Source
     large_source: Source | None
@@ -158,7 +159,8 @@ def _step(
     state.model.train()
     state.optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[1]["lr"] = rate
     output = net(batch.pattern.to(device), batch.probe.to(device), binning=1)
-    losses = compute_losses(
+    judge = compute_losses if state.model.config.kind == "default" else image_losses
+    losses = judge(
         output,
         batch.spot_position.to(device),
         batch.spot_amplitude.to(device),
@@ -204,9 +206,9 @@ def _start(
 ) -> State:
     torch.manual_seed(config.seed)
     network = FCUNetConfig.from_dict(config.network)
-    model = FCUNet(network).to(device).channels_last()
+    model = build_network(network).to(device).channels_last()
     model.precision = config.precision
-    ema = FCUNet(network).to(device).channels_last().requires_grad_(False)
+    ema = build_network(network).to(device).channels_last().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     ema.precision = config.precision
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -219,7 +221,7 @@ def _start(
 
     path = config.out / CHECKPOINT_NAME
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-    if saved is not None and saved["network"] != _plain(network.to_dict()):
+    if saved is not None and FCUNetConfig.from_dict(saved["network"]) != network:
         raise ValueError(
             f"{path} belongs to another network; choose another 'out', or give the settings it was made with"
         )
@@ -340,7 +342,7 @@ class Validation:
                     self._sets[dose] = batches
         return self._sets
 
-    def figures(self, model: FCUNet) -> dict[float, dict[str, float]]:
+    def figures(self, model: Network) -> dict[float, dict[str, float]]:
         """Figures of merit by dose."""
         device = next(model.parameters()).device
         model.eval()
@@ -364,7 +366,7 @@ def selection_score(sets: list[dict[str, float]]) -> float:
 
 def _finish(config: TrainConfig, state: State, validation: Validation, world: int) -> None:
     """Best weights, thresholds and error bars tuned on the validation sets, model card."""
-    model = FCUNet(state.model.config)
+    model = build_network(state.model.config)
     model.load_state_dict(state.best or {k: v.cpu() for k, v in state.ema.state_dict().items()})
     export_weights(
         model,
@@ -384,7 +386,7 @@ def _finish(config: TrainConfig, state: State, validation: Validation, world: in
     )
 
 
-def export_weights(model: FCUNet, validation: Validation, folder: Path, *, facts: dict[str, Any]) -> str:
+def export_weights(model: Network, validation: Validation, folder: Path, *, facts: dict[str, Any]) -> str:
     """Tune thresholds and error bars on the validation sets, write weights and card; returns the SHA-256."""
     model.eval()
     tuned = calibrate(model, validation.sets)

@@ -157,6 +157,24 @@ def compute_losses(
     )
 
 
+def image_losses(
+    output: NetworkOutput,
+    position: Tensor,
+    amplitude: Tensor,
+    electrons: Tensor,
+    config: LossConfig | None = None,
+) -> Losses:
+    """For the published networks, same interface: squared error of the image of |V_g| spots."""
+    config = config or LossConfig()
+    h, w = output.bragg_map.shape[1:]
+    patches = spot_patches(position, map_shape=(h, w), stride=1, spot_sigma=config.spot_sigma, reach=4)
+    electrons = torch.nan_to_num(electrons)
+    visible = electrons / (electrons + config.half_visible_electrons)  # (n, S)
+    target = render_spots(visible * torch.nan_to_num(amplitude) / AMPLITUDE_UNIT_V, patches, (h, w))
+    error = (output.bragg_map - target).square().sum() / visible.sum().clamp_min(1.0)
+    return Losses(error, error, error.new_zeros(()), error.new_zeros(()))
+
+
 def _entropy(p: Tensor) -> Tensor:
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log())

@@ -81,6 +81,13 @@ def test_train__writes_weights_that_load_with_card_and_figures(tmp_path, make_so
         assert {row["dose"] for row in csv.DictReader(file)} == {"10000", "1e+06"}
 
 
+@pytest.mark.parametrize("kind", ["paper", "paired"])
+def test_train__the_published_networks_train_too(tmp_path, make_source, kind):
+    network = {"kind": kind, "filters": 4, "levels": 4}
+    folder = train(TrainConfig(out=tmp_path, steps=2, **TINY | {"network": network}), make_source=make_source)
+    assert load_model(folder, device="cpu").config.kind == kind
+
+
 def test_train__learns(tmp_path, make_source):
     train(
         TrainConfig(out=tmp_path, steps=30, **TINY | {"batch": 4, "learning_rate": 1e-2}),
@@ -136,7 +143,8 @@ sys.path.insert(0, {tests!r})
 from conftest import ToySource
 from fcunet.training.loop import TrainConfig, train
 torch.set_num_threads(1)
-train(TrainConfig(out={out!r}, **{options!r}), make_source=lambda split, size, seed, dose: ToySource(size, seed, dose))
+config = TrainConfig(out={out!r}, **{options!r})
+train(config, make_source=lambda split, size, seed, dose: ToySource(size, seed, dose))
 """
 
 
