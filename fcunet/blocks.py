@@ -1,0 +1,458 @@
+"""What one Dask task does: the patterns of one scan block in, padded peaks and virtual images out.
+
+Plain arrays on both sides. This is the only place that knows about devices and batch sizes. A block goes
+through in batches of few different sizes (the last one is padded to a power of two), and no result depends on
+the batch or the block a pattern is in.
+"""
+
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from .config import DetectionConfig
+from .kernels.peaks import Peaks
+
+logger = logging.getLogger(__name__)
+
+Detector = Callable[[Tensor], Peaks]
+
+PEAK_NAMES = ("peak_qy", "peak_qx", "peak_intensity", "peak_sigma")
+VIRTUAL_NAMES = ("bf", "adf", "total", "com_qy", "com_qx")
+
+_NEIGHBOURS = 8  # good pixels that stand in for a bad one
+_MAX_BATCH = {"cpu": 64, "cuda": 512}
+_CPU_BATCH_PIXELS = 2**20  # 16 patterns of 256 x 256: the intermediate images of a batch stay near the caches
+# device memory per pixel of a pattern, bytes: float32 feature maps of the network, images and spectra of
+# correlation
+_BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128}
+
+# One thread at a time on the device, while the others read and decompress: two would only add memory.
+_DEVICE_PERMIT = threading.Semaphore(1)
+_LOAD_LOCK = threading.Lock()
+_DETECTORS: "OrderedDict[tuple[str, ...], Detector]" = OrderedDict()
+_BATCH_LIMIT: dict[tuple[str, ...], int] = {}
+
+
+class BlockCalibration(Protocol):
+    """What a block needs to know of the scan; :class:`fcunet.calibrate.Calibration` has it."""
+
+    @property
+    def centre(self) -> Any: ...
+    @property
+    def probe_radius_px(self) -> float: ...
+    @property
+    def edge_sigma_px(self) -> float: ...
+    @property
+    def probe(self) -> Any: ...
+    @property
+    def bad_pixels(self) -> Any: ...
+    @property
+    def min_peak_spacing(self) -> Any: ...
+    @property
+    def edge_boundary(self) -> Any: ...
+    @property
+    def origin(self) -> Any: ...
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; ``"auto"`` is the first CUDA device, or the CPU where there is none.
+
+    Raises
+    ------
+    ValueError
+        If CUDA is asked for by name and this process sees no CUDA device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name!r} was asked for, but this process sees no CUDA device; "
+            "use device='cpu', or ask the cluster for a GPU (--gres=gpu:1 in the profile)"
+        )
+    return device
+
+
+def device_name(name: str = "auto") -> str:
+    """What the device called `name` is, in words: "CPU", or the model of the GPU."""
+    device = pick_device(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def build_detector(
+    config: DetectionConfig,
+    calibration: BlockCalibration,
+    device: torch.device | str = "cpu",
+    *,
+    weights_sha256: str | None = None,
+) -> Detector:
+    """A function from a batch of patterns to peaks, with everything it needs on `device`.
+
+    Parameters
+    ----------
+    config : DetectionConfig
+        `min_peak_spacing` and `edge_boundary` of None are taken from `calibration`.
+    calibration : Calibration
+        The vacuum probe and the measured numbers.
+    device : torch.device
+    weights_sha256 : str, optional
+        Refuse network weights with another checksum.
+
+    Returns
+    -------
+    callable
+        ``detector(patterns) -> Peaks`` for float32 counts (n, qy, qx) on `device`.
+
+    Raises
+    ------
+    ValueError
+        For a probe without intensity, unknown weights or weights with another checksum.
+    """
+    device = torch.device(device)
+    spacing = calibration.min_peak_spacing if config.min_peak_spacing is None else config.min_peak_spacing
+    edge = calibration.edge_boundary if config.edge_boundary is None else config.edge_boundary
+    probe = torch.as_tensor(np.ascontiguousarray(calibration.probe, dtype=np.float32), device=device)
+    if config.method == "correlation":
+        from .kernels.correlation import find_disks, make_kernel
+
+        kernel = make_kernel(probe, kernel=config.kernel, radii=config.kernel_radii)
+
+        def correlate(patterns: Tensor) -> Peaks:
+            return find_disks(
+                patterns,
+                kernel,
+                corr_power=config.corr_power,
+                sigma_cc=config.sigma_cc,
+                sigma_dp=config.sigma_dp,
+                transform=config.transform,
+                subpixel=config.subpixel,
+                upsample_factor=config.upsample_factor,
+                min_absolute_intensity=config.min_absolute_intensity,
+                min_relative_intensity=config.min_relative_intensity,
+                relative_to_peak=config.relative_to_peak,
+                min_peak_spacing=float(spacing),
+                edge_boundary=int(edge),
+                max_num_peaks=config.max_num_peaks,
+            )
+
+        return correlate
+
+    from .kernels.correlation import centre_probe
+    from .nn.decode import decode
+    from .nn.weights import load_model
+
+    with _LOAD_LOCK:
+        model = load_model(config.weights, device=device, precision=config.precision)
+    if weights_sha256 is not None and model.info.sha256 != weights_sha256:
+        raise ValueError(
+            f"weights {config.weights!r} have SHA-256 {model.info.sha256[:12]} here, but the run was started "
+            f"with {weights_sha256[:12]}; install the same weights on every node"
+        )
+    threshold = model.info.threshold if config.threshold is None else config.threshold
+    centred = centre_probe(probe)
+
+    def infer(patterns: Tensor) -> Peaks:
+        return decode(
+            model(patterns, centred),
+            threshold=threshold,
+            min_peak_spacing=float(spacing),
+            edge_boundary=int(edge),
+            max_num_peaks=config.max_num_peaks,
+        )
+
+    return infer
+
+
+def process_block(
+    chunk: np.ndarray,
+    config: DetectionConfig,
+    calibration: BlockCalibration,
+    *,
+    origin: np.ndarray | None = None,
+    weights_sha256: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Peaks and virtual images of one block of the scan.
+
+    Parameters
+    ----------
+    chunk : ndarray, shape (by, bx, qy, qx)
+        Counts in the detector's own dtype. NaN counts as a bad pixel of that one pattern.
+    config : DetectionConfig
+    calibration : Calibration
+        Probe, centre, bad pixels (True = bad, replaced by the median of the nearest good ones) and radii, in
+        px.
+    origin : ndarray, shape (by, bx, 2), optional
+        Beam centre (y, x) in px per position, where it moves over the scan; else ``calibration.centre``
+        serves.
+    weights_sha256 : str, optional
+        Refuse network weights with another checksum.
+
+    Returns
+    -------
+    dict of ndarray
+        ``peak_qy, peak_qx, peak_intensity, peak_sigma`` float32 (by, bx, peak), NaN-padded, brightest first;
+        ``n_peaks`` int16, ``truncated`` bool (by, bx); ``bf, adf, total, com_qy, com_qx`` float32 (by, bx);
+        ``sum`` float64 and ``maximum`` float32 (qy, qx) over the block. A pattern without counts has no peaks
+        and NaN as centre of mass; a pattern of NaN is NaN throughout and not part of `sum` and `maximum`.
+
+    Raises
+    ------
+    ValueError
+        If `chunk` is not four-dimensional, or probe or bad pixels have another shape than its patterns.
+    """
+    if chunk.ndim != 4:
+        raise ValueError(f"a block must be (scan_y, scan_x, qy, qx), but this one has shape {chunk.shape}")
+    by, bx, *shape = chunk.shape
+    for name in ("probe", "bad_pixels"):
+        found = np.shape(getattr(calibration, name))
+        if found != tuple(shape):
+            raise ValueError(
+                f"the {name} of the calibration has shape {found}, the patterns {tuple(shape)}; "
+                "measure it on this datacube: calibration=fcunet.calibrate.calibrate(datacube)"
+            )
+    device = pick_device(config.device)
+    patterns = chunk.reshape(-1, *shape)
+    centres = np.broadcast_to(
+        np.asarray(calibration.centre if origin is None else origin, float), (by, bx, 2)
+    )
+    centres = centres.reshape(-1, 2)
+    key = _detector_key(config, calibration, device, weights_sha256)
+    with _DEVICE_PERMIT, torch.inference_mode():
+        detector = _cached_detector(key, config, calibration, device, weights_sha256)
+        out = _in_batches(patterns, centres, detector, config, calibration, device, key)
+    return {k: v if k in ("sum", "maximum") else v.reshape(by, bx, *v.shape[1:]) for k, v in out.items()}
+
+
+def _in_batches(
+    patterns: np.ndarray,
+    centres: np.ndarray,
+    detector: Detector,
+    config: DetectionConfig,
+    calibration: BlockCalibration,
+    device: torch.device,
+    key: tuple[str, ...],
+) -> dict[str, np.ndarray]:
+    """Run `detector` over all patterns, with batches halved as often as device memory demands."""
+    n, shape = len(patterns), patterns.shape[1:]
+    bad = np.asarray(calibration.bad_pixels, bool)
+    reach = float(calibration.probe_radius_px) + 2 * float(calibration.edge_sigma_px)
+    size = config.batch or min(_first_batch(config.method, shape, device), _BATCH_LIMIT.get(key, 2**31))
+    # small whole numbers add up exactly in float32, in any order; others one by one, so that batches do not
+    # matter
+    exact = patterns.dtype.kind in "ui" and patterns.dtype.itemsize <= 2
+    parts: list[dict[str, np.ndarray]] = []
+    total, maximum = np.zeros(shape), np.full(shape, -np.inf, np.float32)
+    start = 0
+    while start < n:
+        stop = min(start + size, n)
+        try:
+            part, batch, lit = _one_batch(
+                patterns[start:stop],
+                centres[start:stop],
+                size,
+                detector,
+                bad,
+                reach,
+                config.max_num_peaks,
+                device,
+            )
+        except torch.cuda.OutOfMemoryError as err:
+            if size == 1:
+                raise MemoryError(f"one pattern of {shape} does not fit into the memory of {device}") from err
+            size = _BATCH_LIMIT[key] = size // 2
+            torch.cuda.empty_cache()
+            logger.warning("out of memory on %s: batches of %d patterns from here on", device, size)
+            continue
+        parts.append(part)
+        if lit.any():
+            _accumulate(total, batch[lit] if not lit.all() else batch, exact and stop - start <= 64)
+            np.maximum(maximum, batch[lit].amax(0).cpu().numpy(), out=maximum)
+        start = stop
+    maximum[np.isneginf(maximum)] = np.nan
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} | {"sum": total, "maximum": maximum}
+
+
+def _one_batch(
+    raw: np.ndarray,
+    centres: np.ndarray,
+    size: int,
+    detector: Detector,
+    bad: np.ndarray,
+    reach: float,
+    max_num_peaks: int,
+    device: torch.device,
+) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """Results of one batch, its repaired patterns (m, qy, qx) on the device, and which hold numbers."""
+    m = len(raw)
+    size = min(size, 1 << (m - 1).bit_length())  # the last batch of a block, or a small block
+    batch = torch.zeros((size, *raw.shape[1:]), dtype=torch.float32, device=device)
+    if device.type == "cuda":  # in the native dtype, which is less to send
+        batch[:m] = torch.from_numpy(np.ascontiguousarray(raw)).to(device)
+    else:  # by NumPy: torch takes twenty times as long to convert uint16 on a CPU
+        batch[:m] = torch.from_numpy(raw.astype(np.float32))
+    lit = repair(batch[:m], bad) if bad.any() or raw.dtype.kind == "f" else torch.ones(m, dtype=torch.bool)
+    part = virtual_signals(batch[:m], centres, reach)
+    dark = ~lit.cpu().numpy()
+    for name in VIRTUAL_NAMES:
+        part[name][dark] = np.nan
+    peaks = detector(batch)
+    empty = ~(part["total"] > 0)  # True for NaN too
+    for name, values in zip(PEAK_NAMES, (peaks.qy, peaks.qx, peaks.intensity, peaks.sigma), strict=True):
+        array = values[:m].float().cpu().numpy()
+        if array.shape[1] != max_num_peaks:  # a detector may return fewer slots than the store has
+            array = np.pad(array, ((0, 0), (0, max_num_peaks - array.shape[1])), constant_values=np.nan)
+        array = np.array(array)
+        array[empty] = np.nan
+        part[name] = array
+    part["n_peaks"] = np.where(empty, 0, peaks.n_peaks[:m].cpu().numpy()).astype(np.int16)
+    part["truncated"] = peaks.truncated[:m].cpu().numpy() & ~empty
+    return part, batch[:m], lit
+
+
+def virtual_signals(patterns: Tensor, centres: np.ndarray, radius_px: float) -> dict[str, np.ndarray]:
+    """Total, bright field, dark field and centre of mass of patterns (n, qy, qx), float32 (n,) each.
+
+    The bright field is the sum within `radius_px` of the centre (n, 2) in px (rounded to whole pixels), the
+    dark field all the rest, the centre of mass in raw detector px, NaN without counts.
+    """
+    n, height, width = patterns.shape
+    rows = patterns.sum(2).double().cpu().numpy()  # float32 sums along a line, float64 from there
+    columns = patterns.sum(1).double().cpu().numpy()
+    total = rows.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        com_qy = np.where(total > 0, (rows * np.arange(height)).sum(1) / total, np.nan)
+        com_qx = np.where(total > 0, (columns * np.arange(width)).sum(1) / total, np.nan)
+    reach = int(np.ceil(radius_px))
+    offset = np.arange(-reach, reach + 1)
+    disk = torch.as_tensor(np.hypot(offset[:, None], offset) <= radius_px, device=patterns.device)
+    middle = torch.as_tensor(
+        np.rint(np.nan_to_num(centres, nan=-1e6)).astype(np.int64), device=patterns.device
+    )
+    y = middle[:, 0, None] + torch.as_tensor(offset, device=patterns.device)  # (n, 2 reach + 1)
+    x = middle[:, 1, None] + torch.as_tensor(offset, device=patterns.device)
+    inside = disk & ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    index = torch.arange(n, device=patterns.device)[:, None, None]
+    window = patterns[index, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    bf = (window * inside).flatten(1).sum(1).double().cpu().numpy()
+    values = {"bf": bf, "adf": total - bf, "total": total, "com_qy": com_qy, "com_qx": com_qx}
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def repair(patterns: Tensor, bad_pixels: np.ndarray) -> Tensor:
+    """Replace bad pixels and NaN, in place, by the median of the nearest good pixels of the same pattern.
+
+    Parameters
+    ----------
+    patterns : Tensor, shape (n, qy, qx)
+    bad_pixels : ndarray of bool, shape (qy, qx)
+        True = bad in every pattern.
+
+    Returns
+    -------
+    Tensor of bool, shape (n,)
+        False for a pattern with no good pixel at all; it is set to 0.
+    """
+    flat = patterns.view(len(patterns), -1)
+    _fill(flat, bad_pixels)
+    good = torch.ones(len(patterns), dtype=torch.bool, device=patterns.device)
+    if bad_pixels.all():
+        return ~good
+    # one NaN makes the sum NaN, and a sum is cheaper than looking at every pixel
+    for i in torch.nonzero(~torch.isfinite(patterns.sum(2).sum(1))).flatten().tolist():
+        broken = bad_pixels | ~torch.isfinite(patterns[i]).cpu().numpy()
+        good[i] = not broken.all()
+        _fill(flat[i : i + 1], broken)
+    return good
+
+
+def _fill(flat: Tensor, bad: np.ndarray) -> None:
+    where, source = _replacements(bad.tobytes(), bad.shape)
+    if where.size == 0:
+        return
+    index = torch.from_numpy(where).to(flat.device)
+    if source.size == 0:
+        flat[:, index] = 0
+    else:
+        ordered = flat[:, torch.from_numpy(source).to(flat.device)].sort(dim=2).values  # (n, b, k)
+        k = source.shape[1]
+        flat[:, index] = ordered[:, :, (k - 1) // 2 : k // 2 + 1].mean(2)
+
+
+@lru_cache(maxsize=16)
+def _replacements(bad: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices of bad pixels (b,), and of the good pixels nearest to each (b, k)."""
+    mask = np.frombuffer(bad, bool).reshape(shape)
+    where, good = np.argwhere(mask), np.argwhere(~mask)
+    flat = np.ravel_multi_index((where[:, 0], where[:, 1]), shape)
+    if len(where) == 0 or len(good) == 0:
+        return flat, np.empty((len(where), 0), np.int64)
+    k = np.arange(1, min(_NEIGHBOURS, len(good)) + 1)
+    nearest = good[cKDTree(good).query(where, k=k)[1]]  # (b, k, 2)
+    return flat, np.ravel_multi_index((nearest[..., 0], nearest[..., 1]), shape)
+
+
+def _accumulate(total: np.ndarray, batch: Tensor, exact: bool) -> None:
+    if exact:
+        total += batch.sum(0).cpu().numpy()
+    elif batch.device.type == "cuda":
+        total += batch.sum(0, dtype=torch.float64).cpu().numpy()
+    else:
+        for pattern in batch.numpy():
+            total += pattern
+
+
+def _first_batch(method: str, shape: tuple[int, ...], device: torch.device) -> int:
+    """Patterns per batch, a power of two: by cache on the CPU, by free memory on a GPU."""
+    pixels = int(np.prod(shape))
+    if device.type == "cuda":
+        # cached blocks of torch's own allocator are free to us as well
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = int(0.5 * free / (pixels * _BYTES_PER_PIXEL[method]))
+    else:
+        limit = _CPU_BATCH_PIXELS // pixels
+    limit = max(1, min(limit, _MAX_BATCH[device.type]))
+    return 1 << (limit.bit_length() - 1)
+
+
+def _detector_key(
+    config: DetectionConfig, calibration: BlockCalibration, device: torch.device, sha256: str | None
+) -> tuple[str, ...]:
+    digest = hashlib.sha256(np.asarray(calibration.probe, dtype=np.float32).tobytes())
+    digest.update(repr((calibration.min_peak_spacing, calibration.edge_boundary)).encode())
+    return config.model_dump_json(), digest.hexdigest(), str(device), sha256 or ""
+
+
+def _cached_detector(
+    key: tuple[str, ...],
+    config: DetectionConfig,
+    calibration: BlockCalibration,
+    device: torch.device,
+    sha256: str | None,
+) -> Detector:
+    """The detector for `key`, built once per process; called with the device permit held."""
+    if key not in _DETECTORS:
+        while len(_DETECTORS) >= 4:  # a notebook that tries parameters must not fill the device
+            _DETECTORS.popitem(last=False)
+        _DETECTORS[key] = build_detector(config, calibration, device, weights_sha256=sha256)
+    return _DETECTORS[key]
+
+
+def weighted_sums(chunk: np.ndarray, *, weights: np.ndarray) -> np.ndarray:
+    """Sum of each pattern of `chunk` (..., qy, qx) times `weights` (qy, qx), float32."""
+    where = np.flatnonzero(weights)
+    chosen = weights.ravel()[where]
+    flat = chunk.reshape(-1, weights.size)
+    out = np.empty(len(flat), np.float32)
+    for i, pattern in enumerate(flat):  # one by one: no copy of the block in float
+        out[i] = np.dot(pattern[where].astype(np.float64), chosen)
+    return out.reshape(chunk.shape[:-2])
