@@ -10,19 +10,21 @@ from torch import Tensor
 from .subpixel import crops
 
 _LEVELS = 32
-# Contrast along the rim of a disk, relative to the rms contrast of its inner part: fitted to simulated disks
-# with linear, quadratic and fringe contrast, radius 3 to 12 px, edge 0.4 to 1.6 px, so that 68 % lie within
-# one sigma.
-_PULL = 1.35
+_SPREAD = 0.02  # variance of the squared contrast among the disks of a pattern, roughly
+# Contrast along the rim of a disk, relative to what a linear contrast inside predicts: fitted to simulated disks with
+# linear, quadratic and fringe contrast, radius 3 to 12 px, edge 0.4 to 1.6 px.
+_PULL = 0.85
 
 
 class DiskModel(NamedTuple):
     """What the error model takes from a kernel; `pixels` are those of a flat square around its centre."""
 
     size: int  # side of that square
-    masks: Tensor  # (pixels, 4): disk, ring of background around it, inner part, probe within the inner part
+    masks: (
+        Tensor  # (pixels, 4): disk, ring of background around it; y / R and x / R in the inner part, else 0
+    )
     share: Tensor  # part of the electrons of a disk that lies within the first mask
-    inner_squared: Tensor  # sum of the squared probe within the inner part
+    inner: Tensor  # mean of the probe over the inner part
     level: Tensor  # (_LEVELS,) the probe, in classes of brightness
     slope_squared: (
         Tensor  # (_LEVELS,) sum over each class of the squared slope of the kernel, mean of y and x
@@ -74,51 +76,47 @@ def position_sigma(
     this is sqrt(pi) R s / N, in the standard deviation 1.27 times the Cramer-Rao bound sqrt(R s / (0.9032
     N)).
 
-    *Texture.* Dynamical contrast that makes one side of a disk brighter pulls it there, at any dose. A
-    contrast a cos(phi) along the rim shifts it by a S with S = -N sum(m' p k_r) / (2 sum(m d2k)), k_r the
-    slope along the radius; S is sqrt(pi) s for the plain cross-correlation, about two thirds of it for the
-    logarithm. `a` is taken from the contrast inside the disk: the variance of the counts beyond that of
-    Poisson, relative to the squared mean, for each disk as far as its dose lets it be known, else that of
-    the pattern.
+    *Texture.* Dynamical contrast that makes one side of a disk brighter pulls it there, at any dose. A contrast
+    a cos(phi) along the rim shifts it by a S with S = -N sum(m' p k_r) / (2 sum(m d2k)), k_r the slope
+    along the radius; S is sqrt(pi) s for the plain cross-correlation, about two thirds of it for the logarithm.
+    `a` is the linear contrast measured inside the disk, less what counting adds to its square: half that of the
+    disk itself, as far as its dose lets it be known, and for the rest the mean of the pattern. It serves as an
+    error bar, not as a correction, because contrast at the rim need not continue that inside.
 
     Both need the disks to be separate, and `corr_power` = 1; for hybrid correlation they are indicative.
     """
     square = crops(counts, which, y, x, disk.size).flatten(1)
-    in_disk, in_ring, in_inner, in_profile = (square @ disk.masks).T
-    n_disk, n_ring, n_inner, inner_sum = disk.masks.sum(0)
+    in_disk, in_ring, tilt_y, tilt_x = (square @ disk.masks).T
+    n_disk, n_ring = disk.masks[:, :2].sum(0)
     background = (in_ring / n_ring.clamp(min=1)).clamp(min=0)
     electrons = ((in_disk - background * n_disk) / disk.share).clamp(min=1)
 
     rate = electrons[:, None] * disk.level + background[:, None]
     mean, gain, variance = _response(rate, transform)
-    stiffness = (mean @ disk.bend).clamp(min=1e-20)
-    counting = (variance @ disk.slope_squared) / stiffness**2
+    stiffness = _dot(mean, disk.bend).clamp(min=1e-20)
+    counting = _dot(variance, disk.slope_squared) / stiffness**2
 
-    # sum of (I - rate)^2 - I over the inner part, which is zero on average for an even disk
-    excess = (square**2) @ disk.masks[:, 2] - in_inner
-    excess -= 2 * (electrons * in_profile + background * in_inner)
-    excess += (
-        electrons**2 * disk.inner_squared + 2 * electrons * background * inner_sum + background**2 * n_inner
-    )
-    signal = electrons * inner_sum / n_inner
-    contrast2 = _pool(
-        excess / (n_inner * signal**2),
-        2 * (signal + background) ** 2 / (n_inner * signal**4),
-        which,
-        len(counts),
-    )
-    pull = _PULL * electrons * (gain @ disk.rim) / stiffness
+    signal = electrons * disk.inner  # per pixel
+    lever = (disk.masks[:, 2] ** 2).sum()
+    noise = (signal + background) / (signal**2 * lever)  # variance of a tilt, by counting alone
+    tilt2 = (tilt_y**2 + tilt_x**2) / (2 * (signal * lever) ** 2) - noise
+    contrast2 = _pool(tilt2, noise**2, which, len(counts))
+    pull = _PULL * electrons * _dot(gain, disk.rim) / stiffness
     return (counting + contrast2 * pull**2 + (1 / 12 if rounded else 0.0)).sqrt()
+
+
+def _dot(rows: Tensor, weights: Tensor) -> Tensor:
+    """``rows @ weights`` (m, p), (p,), row by row: a matrix product rounds by the number of its rows."""
+    return (rows * weights).sum(1)
 
 
 def _pool(estimate: Tensor, variance: Tensor, which: Tensor, n: int) -> Tensor:
     """Each disk's squared contrast, drawn towards the mean of its pattern where its own is uncertain."""
-    spread = 0.02  # variance of the squared contrast among the disks of one pattern
-    weight = 1 / (variance + spread)
+    weight = 1 / (variance + _SPREAD)
     sums = estimate.new_zeros((2, n)).index_add_(1, which, torch.stack([weight * estimate, weight]))
     mean = (sums[0] / sums[1]).clamp(min=0)[which]
-    prior = mean.square().clamp(min=1e-8)
-    return ((estimate * prior + mean * variance) / (prior + variance)).clamp(min=0)
+    share = 0.5 * mean**2 / (mean**2 + variance).clamp(min=1e-12)
+    return torch.lerp(mean, estimate, share).clamp(min=0)
 
 
 _LOWEST, _HIGHEST = 1e-3, 30.0  # electrons per pixel, where the table of _response begins and ends
@@ -174,12 +172,13 @@ def describe_disk(kernel: Tensor, effective: Tensor) -> DiskModel:
     radius = math.sqrt(int((probe > 0.5 * plateau).sum()) / math.pi)
     half = min(math.ceil(radius) + 4, (min(height, width) - 1) // 2)
     origin = torch.zeros(1, dtype=torch.int64, device=kernel.device)
-    profile = crops(probe[None], origin, origin, origin, 2 * half + 1).flatten()
+    profile = crops(probe[None], origin, origin, origin, 2 * half + 1)[0]
     steps = torch.arange(-half, half + 1, device=kernel.device)
-    distance = torch.hypot(steps[:, None].float(), steps.float()).flatten()
+    distance = torch.hypot(steps[:, None].float(), steps.float())
     disk = profile > 0.5 * plateau
     ring = (distance >= radius + 2) & (distance <= radius + 4)
-    inner = distance <= max(0.75 * radius - 0.5, 0.5)
+    inner = distance <= max(0.75 * radius - 0.5, 1.0)
+    across = inner * (steps[:, None] / radius)
 
     slopes, bend = _derivatives(effective)
     y = torch.fft.fftfreq(height, 1 / height, device=kernel.device)[:, None]
@@ -201,9 +200,9 @@ def describe_disk(kernel: Tensor, effective: Tensor) -> DiskModel:
     sums = kernel.new_zeros((4, _LEVELS)).index_add_(1, brightness, per_pixel.flatten(1))
     return DiskModel(
         size=2 * half + 1,
-        masks=torch.stack([disk, ring, inner, inner * profile], 1).to(kernel.dtype),
+        masks=torch.stack([disk, ring, inner * across, inner * across.T], -1).flatten(0, 1),
         share=profile[disk].sum(),
-        inner_squared=(inner * profile**2).sum(),
+        inner=profile[inner].mean(),
         level=sums[0] / torch.bincount(brightness, minlength=_LEVELS).clamp(min=1),
         slope_squared=sums[1],
         bend=sums[2],
