@@ -137,8 +137,8 @@ def test_library__no_training_crystal_looks_like_a_held_out_prototype():
 @pytest.mark.parametrize(
     "name",
     ["Si", "C", "InP", "ZnS", "SiC", "MgO", "NaCl", "TiN", "Cu", "W", "Ti", "GaN", "ZnO", "SrTiO3",
-     "CaF2", "CeO2", "MgAl2O4", "CsCl", "NiAl", "Al2O3", "MgB2", "Nb3Sn", "Cu2O", "SiO2-quartz", "MoSi2", "Bi2Te3",
-     "ZrSiO4"],
+     "CaF2", "CeO2", "MgAl2O4", "CsCl", "NiAl", "Al2O3", "MgB2", "Nb3Sn", "Cu2O", "SiO2-quartz", "MoSi2",
+     "Bi2Te3", "ZrSiO4"],
 )  # fmt: skip
 def test_library__lattice_constants_are_near_the_published_ones(name):
     published = load_crystal(name)
