@@ -28,8 +28,7 @@ def centre_probe(probe: Tensor | np.ndarray) -> Tensor:
     -------
     Tensor, shape (H, W), float32
         Shifted periodically, by fractions of a pixel in Fourier space. The centre is the centre of mass of
-        what is brighter than half the plateau, so a weak background does not draw it to the middle of the
-        frame.
+        what exceeds a quarter of the plateau, so that a weak background does not draw it to the middle.
 
     Raises
     ------
@@ -96,7 +95,7 @@ def make_kernel(
 
 def disk_radius(probe: Tensor) -> float:
     """Radius (px) of a round disk with the area where `probe` exceeds half its plateau; any position."""
-    return math.sqrt(int(_inside(probe).sum()) / math.pi)
+    return math.sqrt(int((probe > 0.5 * _plateau(probe)).sum()) / math.pi)
 
 
 def find_disks(
@@ -184,7 +183,11 @@ def find_disks(
     at_once = (
         max(_CPU_PIXELS // kernel.numel(), 1) if patterns.device.type == "cpu" else max(len(patterns), 1)
     )
-    parts = [_find(group, plan, criteria) for group in patterns.split(at_once)]
+    parts = [_find(group, plan, criteria) for group in patterns.split(at_once) if len(group)]
+    if not parts:
+        empty = patterns.new_empty((0, max_num_peaks), dtype=torch.float32)
+        count = empty.new_empty(0, dtype=torch.int64)
+        return Peaks(empty, empty, empty, empty, count, count.bool())
     return Peaks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -330,7 +333,7 @@ def _shift_to_corner(probe: Tensor | np.ndarray) -> Tensor:
             "leave it out to have one made from the measured radius"
         )
     height, width = image.shape
-    mass = torch.where(_inside(image), image, 0.0)
+    mass = (image - 0.25 * _plateau(image)).clamp(min=0)  # continuous, so that no pixel jumps in or out
     y = float(mass.sum(1) @ torch.arange(height, dtype=image.dtype, device=image.device) / mass.sum())
     x = float(mass.sum(0) @ torch.arange(width, dtype=image.dtype, device=image.device) / mass.sum())
     return _shift(image / image.sum(), -y, -x)
@@ -349,10 +352,9 @@ def _shift(image: Tensor, dy: float, dx: float) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(image) * phase, s=(height, width))
 
 
-def _inside(probe: Tensor) -> Tensor:
-    """Pixels brighter than half the plateau, the median of what exceeds a fifth of the maximum."""
-    bright = probe[probe > 0.2 * probe.max()]
-    return probe > 0.5 * bright.median()
+def _plateau(probe: Tensor) -> Tensor:
+    """Typical brightness of the disk: the median of what exceeds a fifth of the maximum."""
+    return probe[probe > 0.2 * probe.max()].median()
 
 
 def _squared_radius(image: Tensor) -> Tensor:

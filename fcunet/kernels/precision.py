@@ -11,8 +11,8 @@ from .subpixel import crops
 
 _LEVELS = 32
 _SPREAD = 0.02  # variance of the squared contrast among the disks of a pattern, roughly
-# Contrast along the rim of a disk, relative to what a linear contrast inside predicts: fitted to simulated disks with
-# linear, quadratic and fringe contrast, radius 3 to 12 px, edge 0.4 to 1.6 px.
+# Contrast along the rim of a disk, relative to what a linear contrast inside predicts: fitted to simulated
+# disks with linear, quadratic and fringe contrast, radius 3 to 12 px, edge 0.4 to 1.6 px.
 _PULL = 0.85
 
 
@@ -76,12 +76,13 @@ def position_sigma(
     this is sqrt(pi) R s / N, in the standard deviation 1.27 times the Cramer-Rao bound sqrt(R s / (0.9032
     N)).
 
-    *Texture.* Dynamical contrast that makes one side of a disk brighter pulls it there, at any dose. A contrast
-    a cos(phi) along the rim shifts it by a S with S = -N sum(m' p k_r) / (2 sum(m d2k)), k_r the slope
-    along the radius; S is sqrt(pi) s for the plain cross-correlation, about two thirds of it for the logarithm.
-    `a` is the linear contrast measured inside the disk, less what counting adds to its square: half that of the
-    disk itself, as far as its dose lets it be known, and for the rest the mean of the pattern. It serves as an
-    error bar, not as a correction, because contrast at the rim need not continue that inside.
+    *Texture.* Dynamical contrast that makes one side of a disk brighter pulls it there, at any dose. A
+    contrast a cos(phi) along the rim shifts it by a S with S = -N sum(m' p k_r) / (2 sum(m d2k)), k_r the
+    slope along the radius; S is sqrt(pi) s for the plain cross-correlation, about two thirds of it for the
+    logarithm. `a` is the linear contrast measured inside the disk, less what counting adds to its square:
+    half that of the disk itself, as far as its dose lets it be known, and for the rest the mean of the
+    pattern. It serves as an error bar, not as a correction, because contrast at the rim need not continue
+    that inside.
 
     Both need the disks to be separate, and `corr_power` = 1; for hybrid correlation they are indicative.
     """

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from naive_disks import naive_maxima
 
 from fcunet.kernels.peaks import find_maxima
 
@@ -18,31 +19,6 @@ OFF = {
     "min_peak_spacing": 0.0,
     "max_num_peaks": 1000,
 }
-
-
-def naive_maxima(image, *, edge_boundary, min_absolute_intensity, min_relative_intensity, relative_to_peak,
-                 min_peak_spacing, max_num_peaks):  # fmt: skip
-    """The same list for one image, pixel by pixel: (row, column, height), highest first."""
-    b = max(edge_boundary, 1)
-    found = []
-    for y in range(b, image.shape[0] - b):
-        for x in range(b, image.shape[1] - b):
-            value = image[y, x]
-            before = [image[y - 1, x], image[y - 1, x - 1], image[y, x - 1], image[y + 1, x - 1]]
-            after = [image[y + 1, x], image[y + 1, x + 1], image[y, x + 1], image[y - 1, x + 1]]
-            if all(value > v for v in before) and all(value >= v for v in after):
-                found.append((value, y, x))
-    found.sort(reverse=True)
-    if min_absolute_intensity > 0:
-        found = [f for f in found if f[0] >= min_absolute_intensity]
-    if min_relative_intensity > 0 and len(found) > relative_to_peak:
-        reference = found[relative_to_peak][0]
-        found = [f for f in found if f[0] / reference >= min_relative_intensity]
-    kept = []
-    for f in found:
-        if all((f[1] - k[1]) ** 2 + (f[2] - k[2]) ** 2 >= min_peak_spacing**2 for k in kept):
-            kept.append(f)
-    return [(y, x, value) for value, y, x in kept[:max_num_peaks]]
 
 
 def as_list(maxima, i=0):
