@@ -242,7 +242,7 @@ def find_disks_of_any_size(images: NDArray, *, max_disks: int = 12) -> list[Size
     Returns
     -------
     list of SizedDisks
-        One per image, strongest first, radii to about 10 %; none overlaps a stronger one.
+        One per image, strongest first, radii to 10 % (25 % below 4 px); none overlaps a stronger one.
     """
     images = np.stack([stabilise(image) for image in images])
     largest = max(min(images.shape[1:]) / 3, 1.5)
