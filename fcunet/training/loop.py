@@ -386,15 +386,19 @@ def _finish(config: TrainConfig, state: State, validation: Validation, world: in
     )
 
 
-def export_weights(model: Network, validation: Validation, folder: Path, *, facts: dict[str, Any]) -> str:
-    """Tune thresholds and error bars on the validation sets, write weights and card; returns the SHA-256."""
+def export_weights(
+    model: Network, validation: Validation, folder: Path, *, facts: dict[str, Any], remarks: str = ""
+) -> str:
+    """Tune thresholds and error bars on the validation sets, write weights and card; returns the SHA-256.
+
+    `facts` go to the card and to ``config.json``, `remarks` (Markdown) to the end of the card.
+    """
     model.eval()
     tuned = calibrate(model, validation.sets)
     figures = validation.figures(tuned)
     by_dose = {f"{dose:g}": {k: float(f"{v:.4g}") for k, v in f.items()} for dose, f in figures.items()}
-    return save_weights(
-        folder, tuned, card=model_card(folder.name, tuned, facts, figures), extra=facts | {"figures": by_dose}
-    )
+    card = model_card(folder.name, tuned, facts, figures, remarks)
+    return save_weights(folder, tuned, card=card, extra=facts | {"figures": by_dose})
 
 
 class _StopFlag:
