@@ -115,9 +115,9 @@ def _scatter_states(
     """
     tables = [StructureFactors(c, absorption=absorption, device=device) for c in crystals]
     middle = tilt_rotation(tilts_mrad.mean(0)) @ rotation
-    chosen = select_beams(tables[len(tables) // 2], middle, energy_keV, n_beams=192, s_max=0.1)
+    chosen = select_beams(tables[len(tables) // 2], middle, energy_keV, n_beams=160)
     states = [
-        couple_beams(table, tilt_rotation(tilt) @ rotation, energy_keV, chosen.hkl)
+        couple_beams(table, tilt_rotation(tilt) @ rotation, energy_keV, chosen.hkl, chosen.weak)
         for table in tables
         for tilt in tilts_mrad
     ]

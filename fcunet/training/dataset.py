@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..simulation import detector
-from ..simulation.crystals import Crystal, load_crystals, vary
+from ..simulation.crystals import Crystal, vary
+from ..simulation.library import load_library
 from ..simulation.scattering import (
     N_COEFFICIENTS,
     Beams,
@@ -30,6 +31,8 @@ from ..simulation.scattering import (
 from ..simulation.target import coincident_groups, reflection_amplitudes
 
 N_SPOTS = 128
+_MAX_VOLUME = 260.0  # cubic angstrom per primitive cell: larger ones need more beams than are kept
+_S_STRONG = 0.06  # 1/angstrom; a narrower spectrum takes fewer Chebyshev terms
 _SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -135,8 +138,12 @@ def load_pool(path: str | Path) -> Pool:
         return Pool(**{f.name: stored[f.name] for f in fields(Pool)})
 
 
-# --- orientations
-# -------------------------------------------------------------------------------------------------
+def training_crystals(split: str) -> list[Crystal]:
+    """Published and library crystals of one split with primitive cells small enough to scatter well."""
+    return [c for c in load_library(split).values() if c.volume < _MAX_VOLUME]
+
+
+# --- orientations ---
 
 
 @dataclass
@@ -183,12 +190,9 @@ def draw_orientation(
     factors: StructureFactors,
     rng: np.random.Generator,
     *,
-    n_beams: int = 160,
-    g_max: float = 2.2,
-    s_max: float = 0.08,
+    n_beams: int = 128,
 ) -> _Orientation | None:
-    """One random orientation, voltage and aperture of a crystal; None where disks would overlap or spots be
-    too few.
+    """One random orientation, voltage and aperture; None where disks would overlap or spots be too few.
 
     Four in five orientations are zone axes [uvw], |u|, |v|, |w| <= 3 with a mistilt of 0 to 10 mrad, nearly
     half of them below 2 mrad where a few strong beams hold the dose; the rest are uniform over the sphere.
@@ -209,7 +213,7 @@ def draw_orientation(
     else:
         tilt = np.nan
         rotation = _random_rotation(rng)
-    beams = select_beams(factors, rotation, energy, n_beams=n_beams, g_max=g_max, s_max=s_max)
+    beams = select_beams(factors, rotation, energy, n_beams=n_beams, s_strong=_S_STRONG)
     amplitude = reflection_amplitudes(beams)
     if int(((beams.s.abs() < 0.012) & (amplitude > 0.04 * amplitude[0])).sum()) < 9:
         return None
@@ -230,12 +234,14 @@ def count_forbidden(beams: Beams, *, n_strong: int = 50) -> int:
     return int(((amplitude[:n_strong] == 0) & near).sum())
 
 
-def draw_thicknesses(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Thicknesses in angstrom, sorted: 2 to 150 nm, four in five between 5 and 80."""
-    low = np.where(
-        rng.random(n) < 0.8, rng.uniform(50, 800, n), np.exp(rng.uniform(np.log(20), np.log(1500), n))
-    )
-    return np.sort(low)
+def draw_thicknesses(rng: np.random.Generator, n: int, series: int) -> np.ndarray:
+    """Thicknesses (n, series) in angstrom: three batches in four 5 to 80 nm, else 2 to 150 nm, log-uniform.
+
+    One range for a whole batch, because the thickest crystal of a batch sets the work.
+    """
+    if rng.random() < 0.75:
+        return rng.uniform(50, 800, (n, series))
+    return np.exp(rng.uniform(np.log(20), np.log(1500), (n, series)))
 
 
 def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness: np.ndarray) -> Pool:
@@ -251,7 +257,7 @@ def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness:
         spacing=np.array([o.spacing for o in orientations], np.float32),
         energy=np.array([o.beams.energy_keV for o in orientations], np.float32),
         mistilt=np.array([o.mistilt for o in orientations], np.float32),
-        crystal=np.array([o.crystal for o in orientations], "U24"),
+        crystal=np.array([o.crystal for o in orientations], "U40"),
     )
     mean = detector.mean_over_aperture(torch.ones(1, device=coefficients.device))[0]
     for i, o in enumerate(orientations):
@@ -283,7 +289,7 @@ def make_orientations(
     rng: np.random.Generator,
     *,
     n_thicknesses: int = 4,
-    n_beams: int = 160,
+    n_beams: int = 128,
     batch: int = 8,
     device: torch.device | str = "cpu",
     jitter: bool = True,
@@ -304,7 +310,7 @@ def make_orientations(
         crystal = family[rng.integers(len(family))]
         if jitter:
             crystal = vary(crystal, rng, substitute=0.35)
-        factors = StructureFactors(crystal, g_max=4.4, absorption=rng.uniform(0.0, 0.12), device=device)
+        factors = StructureFactors(crystal, absorption=rng.uniform(0.0, 0.12), device=device)
         taken = 0
         for _ in range(8):
             drawn = draw_orientation(factors, rng, n_beams=n_beams)
@@ -321,14 +327,13 @@ def make_orientations(
                 break
         while len(waiting) >= batch or (waiting and accepted >= n):
             part, waiting = waiting[:batch], waiting[batch:]
-            thickness = np.stack([draw_thicknesses(rng, n_thicknesses) for _ in part])
+            thickness = draw_thicknesses(rng, len(part), n_thicknesses)
             coefficients = scatter([o.beams for o in part], [o.semiangle_mrad for o in part], thickness)
             done.append(_pack(part, coefficients, thickness))
     return Pool.concatenate(done)
 
 
-# --- drawing
-# --------------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
@@ -382,7 +387,7 @@ class PatternSource:
         clean: bool = False,
         flat: float = 0.08,
     ) -> None:
-        self.crystals = load_crystals(split)
+        self.crystals = training_crystals(split)
         self.size = size
         self.device = torch.device(device)
         self.pool_size = pool_size

@@ -87,7 +87,7 @@ def test_propagate__loses_electrons_with_absorption_and_depth(gallium_arsenide):
 
 
 def test_propagate__of_a_thin_crystal_is_single_scattering():
-    beams = orientation("Si", tilt=(3.0, -2.0), n_beams=48)
+    beams = orientation("Si", tilt=(3.0, -2.0), n_beams=48, n_weak=0)
     depth = 3.0
     psi = propagate(*stack_beams([beams], [torch.zeros(1, 2)]), np.array([[depth]]))[0, 0, :, 0]
     s = beams.s
@@ -111,7 +111,7 @@ def test_propagate__gives_each_orientation_of_a_batch_its_own_answer():
 
 def test_propagate__reproduces_bloch_waves_of_silicon_110():
     # abTEM's Bloch waves, the same 129 beams, u = 0.078 angstrom, 13, 52 and 130 unit cells (5, 20, 50 nm)
-    beams = orientation("Si", n_beams=129, g_max=2.0, rank="radius")
+    beams = orientation("Si", n_beams=129, n_weak=0, g_max=2.0, rank="radius")
     repeat = load_crystal("Si").cell[0, 0] / math.sqrt(2)
     depth = np.array([[13, 52, 130]]) * repeat
     psi = propagate(*stack_beams([beams], [torch.zeros(1, 2)]), depth)
@@ -149,6 +149,21 @@ def test_select_beams__reaches_higher_laue_zones():
     first = beams.g[:, 2] < -0.9 / 12.295  # the layer one c* below
     assert first.any()
     assert beams.s[first].abs().min() < 0.02
+
+
+def test_select_beams__folds_weak_beams_into_the_strong_ones():
+    depth = np.array([[200.0]])
+    light = {}
+    for n_beams, n_weak in ((300, 0), (70, 0), (70, 300)):
+        beams = orientation("InSb", (1, 1, 1), n_beams=n_beams, n_weak=n_weak)
+        psi = propagate(*stack_beams([beams], [torch.zeros(1, 2)]), depth)[0, 0, :40, 0]
+        light[n_beams, n_weak] = dict(zip(map(tuple, beams.hkl[:40].tolist()), psi.abs() ** 2, strict=True))
+    exact = light[300, 0]
+    plain, folded = (
+        sum(abs(v - exact[hkl]) for hkl, v in light[key].items() if hkl in exact)
+        for key in ((70, 0), (70, 300))
+    )
+    assert folded < 0.3 * plain
 
 
 def test_select_beams__wants_a_large_enough_table():
