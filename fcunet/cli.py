@@ -332,12 +332,13 @@ def export(
     run_directory: RunArgument,
     out: Annotated[Path, typer.Argument(help="file to write")],
     to: Annotated[str, typer.Option(help="csv, netcdf or py4dstem")] = "csv",
+    what: Annotated[str, typer.Option(help="strain or peaks")] = "strain",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
 ) -> None:
     """Write results for other programs: CSV, NetCDF, or EMD for py4DSTEM."""
     from .export import export as export_results
 
-    typer.echo(f"wrote     {export_results(run_directory, out, to=to, overwrite=overwrite)}")
+    typer.echo(f"wrote     {export_results(run_directory, out, to=to, what=what, overwrite=overwrite)}")
 
 
 @app.command()
