@@ -130,7 +130,11 @@ def save_pool(pool: Pool, path: str | Path) -> None:
 
 
 def load_pool(path: str | Path) -> Pool:
-    """Read a pool written by `save_pool`."""
+    """Read a pool written by `save_pool`, or the orientations of a training library (``NAME.zarr/SPLIT``)."""
+    if Path(path).is_dir():
+        from .library import read_pool
+
+        return read_pool(path)
     with np.load(path) as stored:
         missing = [f.name for f in fields(Pool) if f.name not in stored]
         if missing:
@@ -281,6 +285,11 @@ def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness:
         out.scale[i, :, :m] = scale.cpu().numpy()
         out.aperture[i] = aperture
     return out
+
+
+def empty_pool(n_thicknesses: int) -> Pool:
+    """A pool without orientations, for its shapes and dtypes."""
+    return _pack([], torch.zeros(0, n_thicknesses, 1, N_COEFFICIENTS), np.zeros((0, n_thicknesses)))
 
 
 def make_orientations(

@@ -449,6 +449,7 @@ def _agree(value: float, world: int, device: torch.device) -> float:
 
 def _pattern_sources(config: TrainConfig, device: torch.device) -> SourceFactory:
     from .dataset import PatternSource
+    from .library import LibrarySource
     from .pool import FolderSource
 
     def make(split: str, size: int, seed: int, dose: float | None) -> Source:
@@ -456,6 +457,8 @@ def _pattern_sources(config: TrainConfig, device: torch.device) -> SourceFactory
         if split == "validation":
             options["refresh"] = 0.0
         try:
+            if config.pool is not None and config.pool.suffix == ".zarr":
+                return LibrarySource(config.pool, split, size, device, seed, **options)
             if config.pool is not None:
                 return FolderSource(config.pool, split, size, device, seed, **options)
             return PatternSource(split, size, device, seed, **options)
