@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .peaks import Peaks, find_maxima
 from .precision import DiskModel, describe_disk, position_sigma
-from .subpixel import crops, interpolation_weights, parabola, upsample
+from .subpixel import crops, interpolation_weights, oversample, parabola, upsample
 
 KernelName = Literal["flat", "gaussian", "sigmoid"]
 TransformName = Literal["none", "sqrt", "log"]
@@ -211,6 +211,7 @@ class _Plan(NamedTuple):
     transform: TransformName
     subpixel: SubpixelName
     factor: int
+    oversampling: int  # of the correlation that is interpolated
     weights: tuple[Tensor, Tensor]  # of interpolation along rows and columns
     disk: DiskModel
 
@@ -228,9 +229,11 @@ def _plan(
     template = torch.fft.rfft2(kernel).conj() * _gaussian_spectrum(sigma_dp, height, width, kernel.device)
     smoothing = _gaussian_spectrum(sigma_cc, height, width, kernel.device)
     power = template.abs() ** (2 * corr_power)
+    # whitening leaves more of the high frequencies that interpolation from a few pixels cannot follow
+    oversampling = 1 if corr_power == 1 or subpixel != "upsampled" else 2
     weights = (
-        interpolation_weights(power.mean(1), factor).to(kernel.device),
-        interpolation_weights(_unfold(power.mean(0), width), factor).to(kernel.device),
+        interpolation_weights(power.mean(1), factor, oversampling).to(kernel.device),
+        interpolation_weights(_unfold(power.mean(0), width), factor, oversampling).to(kernel.device),
     )
     decisive = template.conj() * (1 if subpixel == "upsampled" else smoothing)
     return _Plan(
@@ -241,6 +244,7 @@ def _plan(
         transform=transform,
         subpixel=subpixel,
         factor=factor,
+        oversampling=oversampling,
         weights=weights,
         disk=describe_disk(kernel, torch.fft.irfft2(decisive, s=kernel.shape)),
     )
@@ -259,7 +263,17 @@ def _find(patterns: Tensor, plan: _Plan, criteria: dict) -> Peaks:
     if plan.subpixel != "pixel":
         dy, dx, intensity = parabola(crops(smooth, which, y, x, 3))
     if plan.subpixel == "upsampled":
-        dy, dx = upsample(sharp, which, y, x, dy, dx, weights=plan.weights, factor=plan.factor)
+        dy, dx = upsample(
+            sharp,
+            which,
+            y,
+            x,
+            dy,
+            dx,
+            weights=plan.weights,
+            factor=plan.factor,
+            oversampling=plan.oversampling,
+        )
     sigma = position_sigma(
         counts, which, y, x, plan.disk, transform=plan.transform, rounded=plan.subpixel == "pixel"
     )
@@ -272,22 +286,23 @@ def _find(patterns: Tensor, plan: _Plan, criteria: dict) -> Peaks:
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Correlation as it is (empty if nobody needs it), and clipped at zero and smoothed: both (n, H, W)."""
-    size = images.shape[1:]
+    """Correlation as it is, oversampled as planned (empty if nobody needs it), and clipped and smoothed."""
+    size = (images.shape[1], images.shape[2])
     spectrum = torch.fft.rfft2(images).mul_(plan.template)
     if plan.corr_power != 1:
         magnitude = spectrum.abs()
         spectrum *= torch.where(magnitude > 0, magnitude ** (plan.corr_power - 1), 0.0)
     blurred = plan.smoothing.numel() > 1
-    sharp = images.new_empty(0)
-    if plan.subpixel == "upsampled" or not (blurred and plan.foldable):
-        sharp = torch.fft.irfft2(spectrum, s=size)
     if blurred and plan.foldable:
-        smooth = torch.fft.irfft2(spectrum.mul_(plan.smoothing), s=size).clamp_(min=0)
-    else:
-        smooth = sharp.clamp(min=0)
-        if blurred:
-            smooth = torch.fft.irfft2(torch.fft.rfft2(smooth).mul_(plan.smoothing), s=size)
+        sharp = images.new_empty(0)
+        if plan.subpixel == "upsampled":
+            sharp = torch.fft.irfft2(spectrum, s=size)
+        return sharp, torch.fft.irfft2(spectrum.mul_(plan.smoothing), s=size).clamp_(min=0)
+    step = plan.oversampling
+    sharp = torch.fft.irfft2(spectrum, s=size) if step == 1 else oversample(spectrum, size)
+    smooth = sharp[:, ::step, ::step].clamp(min=0)
+    if blurred:
+        smooth = torch.fft.irfft2(torch.fft.rfft2(smooth).mul_(plan.smoothing), s=size)
     return sharp, smooth
 
 

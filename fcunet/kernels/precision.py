@@ -12,14 +12,16 @@ from .subpixel import crops
 _LEVELS = 32
 _SPREAD = 0.02  # variance of the squared contrast among the disks of a pattern, roughly
 # Contrast along the rim of a disk, relative to what a linear contrast inside predicts: fitted to simulated
-# disks with linear, quadratic and fringe contrast, radius 3 to 12 px, edge 0.4 to 1.6 px.
-_PULL = 0.85
+# disks, with linear, quadratic and fringe contrast, and dynamical ones; radius 3 to 12 px, edge 0.4 to 1.6
+# px.
+_PULL = 0.95
 
 
 class DiskModel(NamedTuple):
     """What the error model takes from a kernel; `pixels` are those of a flat square around its centre."""
 
     size: int  # side of that square
+    radius: float
     masks: (
         Tensor  # (pixels, 4): disk, ring of background around it; y / R and x / R in the inner part, else 0
     )
@@ -61,7 +63,8 @@ def position_sigma(
     Returns
     -------
     Tensor, shape (m,), float32
-        One standard deviation per axis, px: counting noise and texture, added in quadrature.
+        One standard deviation per axis, px: counting noise and texture, added in quadrature; at most the
+        radius of the disk, beyond which the peak is none.
 
     Notes
     -----
@@ -101,9 +104,12 @@ def position_sigma(
     lever = (disk.masks[:, 2] ** 2).sum()
     noise = (signal + background) / (signal**2 * lever)  # variance of a tilt, by counting alone
     tilt2 = (tilt_y**2 + tilt_x**2) / (2 * (signal * lever) ** 2) - noise
-    contrast2 = _pool(tilt2, noise**2, which, len(counts))
+    contrast2 = _pool(
+        tilt2.clamp(max=1), noise**2, which, len(counts)
+    )  # beyond 1, one side would be negative
     pull = _PULL * electrons * _dot(gain, disk.rim) / stiffness
-    return (counting + contrast2 * pull**2 + (1 / 12 if rounded else 0.0)).sqrt()
+    sigma2 = counting + contrast2 * pull**2 + (1 / 12 if rounded else 0.0)
+    return sigma2.sqrt().clamp(max=disk.radius)
 
 
 def _dot(rows: Tensor, weights: Tensor) -> Tensor:
@@ -201,6 +207,7 @@ def describe_disk(kernel: Tensor, effective: Tensor) -> DiskModel:
     sums = kernel.new_zeros((4, _LEVELS)).index_add_(1, brightness, per_pixel.flatten(1))
     return DiskModel(
         size=2 * half + 1,
+        radius=radius,
         masks=torch.stack([disk, ring, inner * across, inner * across.T], -1).flatten(0, 1),
         share=profile[disk].sum(),
         inner=profile[inner].mean(),

@@ -35,7 +35,7 @@ def parabola(patch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dy, dx, height
 
 
-def interpolation_weights(power: Tensor, factor: int) -> Tensor:
+def interpolation_weights(power: Tensor, factor: int, oversampling: int = 1) -> Tensor:
     """Best linear interpolation between the pixels of a row, for images of known power spectrum.
 
     Weights with the least mean squared error, c = A^-1 b with the autocorrelation A between the pixels and b
@@ -48,6 +48,8 @@ def interpolation_weights(power: Tensor, factor: int) -> Tensor:
         Power spectrum along the axis, in the order of an FFT; any scale.
     factor : int
         Points per pixel, at least 3.
+    oversampling : int
+        Samples per pixel of the image that the weights are for.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def interpolation_weights(power: Tensor, factor: int) -> Tensor:
     frequency = torch.fft.fftfreq(size, dtype=torch.float64)
     last = _last_point(factor)
     points = torch.arange(-last, last + 1, dtype=torch.float64) / factor
-    taps = torch.arange(_TAPS, dtype=torch.float64) - _TAPS // 2
+    taps = (torch.arange(_TAPS, dtype=torch.float64) - _TAPS // 2) / oversampling
 
     def autocorrelation(distance: Tensor) -> Tensor:
         return torch.cos(2 * torch.pi * distance[..., None] * frequency) @ (power / power.sum())
@@ -83,6 +85,7 @@ def upsample(
     *,
     weights: tuple[Tensor, Tensor],
     factor: int = 16,
+    oversampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Highest point of periodic, band-limited images near given points, on a grid of 1 / `factor` px.
 
@@ -94,16 +97,18 @@ def upsample(
 
     Parameters
     ----------
-    image : Tensor, shape (n, H, W)
+    image : Tensor, shape (n, H * oversampling, W * oversampling)
         Neither smoothed nor clipped.
     which, y, x : Tensor, shape (m,), int64
         Image, row and column of m maxima.
     dy, dx : Tensor, shape (m,)
         Where to start, relative to (y, x): -0.5 to 0.5 px.
     weights : pair of Tensor
-        :func:`interpolation_weights` along rows and columns for the same factor.
+        :func:`interpolation_weights` along y and along x, for the same factor and oversampling.
     factor : int
         Points per pixel, at least 3.
+    oversampling : int
+        Samples of `image` per pixel.
 
     Returns
     -------
@@ -115,7 +120,8 @@ def upsample(
     first_y, first_x = _grid_start(y, dy, factor), _grid_start(x, dx, factor)
     rows = weights[0].to(image)[first_y[:, None] + steps + _last_point(factor)]  # (m, size, taps)
     columns = weights[1].to(image)[first_x[:, None] + steps + _last_point(factor)]
-    grid = rows @ crops(image, which, y, x, _TAPS) @ columns.transpose(1, 2)  # (m, size, size)
+    square = crops(image, which, y * oversampling, x * oversampling, _TAPS)
+    grid = rows @ square @ columns.transpose(1, 2)  # (m, size, size)
 
     best = grid.flatten(1).argmax(1)
     iy, ix = best // size, best % size
@@ -127,6 +133,22 @@ def upsample(
     fine_y = (first_y + iy + torch.where(inside, vertex_y, 0.0)) / factor
     fine_x = (first_x + ix + torch.where(inside, vertex_x, 0.0)) / factor
     return fine_y, fine_x
+
+
+def oversample(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (n, 2 H, 2 W) with the values between the pixels, from the real FFT of images (n, H, W)."""
+    height, width = size
+    n, _, columns = spectrum.shape
+    above, below = (height + 1) // 2, height // 2
+    padded = spectrum.new_zeros((n, 2 * height, width + 1))
+    padded[:, :above, :columns] = spectrum[:, :above]
+    padded[:, -below:, :columns] = spectrum[:, -below:]
+    if height % 2 == 0:  # the highest frequency stands for both signs
+        padded[:, below, :columns] = padded[:, -below, :columns] / 2
+        padded[:, -below, :columns] /= 2
+    if width % 2 == 0:
+        padded[:, :, columns - 1] /= 2
+    return torch.fft.irfft2(padded.mul_(4), s=(2 * height, 2 * width))
 
 
 def crops(image: Tensor, which: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:

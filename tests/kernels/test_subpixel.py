@@ -5,7 +5,7 @@ import pytest
 import torch
 from naive_disks import fourier_upsample
 
-from fcunet.kernels.subpixel import crops, interpolation_weights, parabola, upsample
+from fcunet.kernels.subpixel import crops, interpolation_weights, oversample, parabola, upsample
 
 
 def band_limited_noise(rng, shape, width):
@@ -78,3 +78,22 @@ def test_crops__continue_on_the_other_side_of_the_frame():
     for i in range(2):
         expected = torch.roll(image[which[i]], (1 - int(y[i]), 1 - int(x[i])), (0, 1))[:3, :3]
         assert torch.equal(cut[i], expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 18), (15, 16), (18, 15), (13, 17)])
+def test_oversample__adds_the_values_of_the_fourier_series_between_pixels(shape):
+    spectrum = np.fft.fft2(np.random.default_rng(2).normal(size=shape))
+    for axis, n in enumerate(shape):
+        if n % 2 == 0:  # the sign of the highest frequency is not defined
+            spectrum[(slice(None),) * axis + (n // 2,)] = 0
+    image = torch.from_numpy(np.fft.ifft2(spectrum).real)
+    axes = [np.exp(2j * np.pi * np.outer(np.arange(2 * n) / 2, np.fft.fftfreq(n))) / n for n in shape]
+    expected = (axes[0] @ spectrum @ axes[1].T).real
+    fine = oversample(torch.fft.rfft2(image)[None], shape)
+    np.testing.assert_allclose(fine[0].numpy(), expected, atol=1e-12)
+
+
+def test_oversample__keeps_the_pixels_of_any_image():
+    image = torch.from_numpy(np.random.default_rng(3).normal(size=(2, 14, 16)))
+    fine = oversample(torch.fft.rfft2(image), (14, 16))
+    torch.testing.assert_close(fine[:, ::2, ::2], image)
