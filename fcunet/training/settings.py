@@ -25,7 +25,8 @@ class TrainConfig(BaseModel):
     )
     source: dict[str, Any] = Field(default_factory=dict, description="simulated patterns, see PatternSource")
     pool: Path | None = Field(
-        None, description="folder of scattered orientations; None = scatter while training"
+        None,
+        description="folder of scattered orientations, or library NAME.zarr; None = scatter while training",
     )
     size: int = Field(128, ge=32, multiple_of=16, description="side of the training patterns, px")
     large_size: int = Field(
