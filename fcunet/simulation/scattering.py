@@ -88,7 +88,7 @@ class StructureFactors:
         self,
         crystal: Crystal,
         *,
-        g_max: float = 4.8,
+        g_max: float = 6.0,
         absorption: float = 0.0,
         absorption_width: float = 0.12,
         device: torch.device | str = "cpu",
@@ -227,17 +227,18 @@ def select_beams(
     *,
     n_beams: int = 256,
     n_weak: int = 320,
-    g_max: float = 2.4,
+    g_max: float | None = None,
     s_max: float = 0.12,
     s_strong: float = 0.12,
     rank: str = "two_step",
 ) -> Beams:
     """Choose the beams that matter for one orientation, higher Laue zones by the same rule.
 
-    All reflections with |g| < `g_max` and |s_g| < `s_max` are ranked by the strength with which one
-    intermediate reflection feeds them, w2 = sum_h |sigma V_(g-h)| w1_h / (2 pi |s_g| + 0.02) with w1 = |sigma
-    V_g| / (2 pi |s_g| + 0.02) and w1 = 1 for the direct beam. A forbidden reflection (V_g = 0) that is lit by
-    double diffraction therefore ranks high.
+    All reflections with |g| < `g_max` (by default as far as the table of `factors` allows, half its radius)
+    and |s_g| < `s_max` are ranked by the strength with which one intermediate reflection feeds them, w2 =
+    sum_h |sigma V_(g-h)| w1_h / (2 pi |s_g| + 0.02) with w1 = |sigma V_g| / (2 pi |s_g| + 0.02) and w1 = 1
+    for the direct beam. A forbidden reflection (V_g = 0) that is lit by double diffraction therefore ranks
+    high.
 
     The first `n_beams` are propagated. The next `n_weak`, and those with |s_g| > `s_strong`, act on them
     through an effective coupling only (Bethe potentials: H. A. Bethe, Ann. Phys. 392 (1928) 55), U_gh - sum_w
@@ -254,6 +255,7 @@ def select_beams(
     rank : {"two_step", "radius"}
         "radius" keeps the shortest instead, the textbook cut-off (for comparisons with other codes).
     """
+    g_max = factors.g_max / 2 if g_max is None else g_max
     if factors.g_max < 2 * g_max - 1e-9:
         raise ValueError(
             f"the table reaches {factors.g_max} 1/angstrom, but couplings need {2 * g_max}; raise g_max"

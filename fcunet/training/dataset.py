@@ -319,7 +319,7 @@ def make_orientations(
         crystal = family[rng.integers(len(family))]
         if jitter:
             crystal = vary(crystal, rng, substitute=0.35)
-        factors = StructureFactors(crystal, absorption=rng.uniform(0.0, 0.12), device=device)
+        factors = StructureFactors(crystal, g_max=4.8, absorption=rng.uniform(0.0, 0.12), device=device)
         taken = 0
         for _ in range(8):
             drawn = draw_orientation(factors, rng, n_beams=n_beams)

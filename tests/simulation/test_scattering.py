@@ -169,7 +169,7 @@ def test_select_beams__folds_weak_beams_into_the_strong_ones():
 def test_select_beams__wants_a_large_enough_table():
     factors = StructureFactors(load_crystal("Si"), g_max=3.0)
     with pytest.raises(ValueError, match="raise g_max"):
-        select_beams(factors, np.eye(3), 200.0)
+        select_beams(factors, np.eye(3), 200.0, g_max=2.0)
 
 
 def test_fit_disks__is_exact_for_polynomials_and_mild_at_the_rim():
