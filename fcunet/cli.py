@@ -355,7 +355,8 @@ def train(
     from .training.loop import train as train_network
 
     budget_s = None if minutes is None else 60 * minutes
-    train_network(TrainConfig.load(config, out=out, budget_s=budget_s, device=device))
+    folder = train_network(TrainConfig.load(config, out=out, budget_s=budget_s, device=device))
+    typer.echo(f"weights   {folder}")
 
 
 @app.command()

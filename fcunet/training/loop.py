@@ -463,9 +463,8 @@ def _pattern_sources(config: TrainConfig, device: torch.device) -> SourceFactory
                 return FolderSource(config.pool, split, size, device, seed, **options)
             return PatternSource(split, size, device, seed, **options)
         except TypeError as err:
-            raise ValueError(
-                f"'source' in the settings of the training does not fit PatternSource: {err}"
-            ) from err
+            what = str(err).partition("__init__() ")[2] or err
+            raise ValueError(f"'source' in the settings of the training: PatternSource {what}") from err
 
     return make
 

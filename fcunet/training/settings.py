@@ -85,7 +85,9 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check_length(self) -> "TrainConfig":
         if self.steps is None and self.budget_s is None:
-            raise ValueError("say how long to train: steps, budget_s, or both (whichever ends first)")
+            raise ValueError(
+                "say how long to train: steps or budget_s (or both) in the settings, or --minutes"
+            )
         if not set(self.selection_doses) <= set(self.validation_doses):
             raise ValueError(f"selection_doses {self.selection_doses} must be among validation_doses")
         return self
