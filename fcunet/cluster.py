@@ -1,0 +1,217 @@
+"""From the name of a cluster to a Dask `Client`: this machine, a running scheduler, or a site profile.
+
+Knows nothing of diffraction. A profile is Dask's own jobqueue YAML plus a short ``fcunet:`` block, see
+``cluster/README.md``. Settings live only as long as the connection: nothing is written to the user's own Dask
+configuration.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster, WorkerPlugin
+from distributed.system import MEMORY_LIMIT
+
+logger = logging.getLogger(__name__)
+
+# Why each differs from Dask's default is written beside it.
+DASK_SETTINGS: dict[str, Any] = {
+    "distributed.deploy.lost-worker-timeout": "5s",  # 15 s: idle time after each lost job
+    "distributed.scheduler.worker-ttl": "60s",  # 5 min: how long a hung worker keeps its tasks
+    # 3: a walltime may end several workers in a row; blocks that still exceed it are tried again, alone
+    "distributed.scheduler.allowed-failures": 5,
+    "distributed.comm.timeouts.connect": "30s",
+    "distributed.worker.memory.target": False,  # nothing is worth spilling: a task returns a few numbers
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": 0.85,
+    "distributed.worker.memory.terminate": 0.95,
+    "distributed.worker.use-file-locking": False,  # node-local scratch of our own, and no NFS locks
+    "distributed.scheduler.dashboard.status.task-stream-length": 1000,
+}
+_GPU_THREADS = 3  # one computes while two read and decompress
+_WORKER_BYTES = 1.5 * 2**30  # a block of 128 MiB as stored and as batches, torch, and room to spare
+
+
+class WorkerSetup(WorkerPlugin):
+    """Prepares each worker process, also those that replace a lost one: signals, device, threads, logging."""
+
+    name = "fcunet-setup"
+
+    def __init__(
+        self, *, pin_devices: bool = False, expect_gpu: bool = False, ignore_interrupt: bool = False
+    ):
+        self.pin_devices = pin_devices
+        self.expect_gpu = expect_gpu
+        self.ignore_interrupt = ignore_interrupt
+
+    def setup(self, worker: Any) -> None:
+        """Called by Dask in the worker process, before its first task."""
+        if self.ignore_interrupt:
+            # Ctrl-C in a terminal reaches the whole process group; the driver alone decides what to finish
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        logging.getLogger("fcunet").setLevel(logging.INFO)
+        import zarr
+
+        # Dask threads times zarr's own concurrency (10 by default) would overrun the cores of the job
+        zarr.config.set({"async.concurrency": 4, "threading.max_workers": 4})
+        if self.pin_devices:
+            device = visible_device(str(worker.name), os.environ.get("CUDA_VISIBLE_DEVICES"))
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+            logger.info("worker %s uses GPU %s", worker.name, device)
+        if self.expect_gpu:
+            import torch
+
+            if not torch.cuda.is_available():
+                logger.error(
+                    "worker %s on %s was to use a GPU but sees none (CUDA_VISIBLE_DEVICES=%s)",
+                    worker.name, socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
+                )  # fmt: skip
+
+
+def visible_device(worker_name: str, visible: str | None) -> str:
+    """The one GPU a worker may use, from the number its name ends in and CUDA_VISIBLE_DEVICES.
+
+    Several workers of one job see the same GPUs; worker ``NAME-2`` (or ``2``) takes the third of them. Must
+    be called before anything starts CUDA in the process.
+
+    Raises
+    ------
+    ValueError
+        If the name ends in no number.
+    """
+    digits = worker_name[len(worker_name.rstrip("0123456789")) :]
+    if not digits:
+        raise ValueError(f"cannot choose a GPU for worker {worker_name!r}: its name does not end in a number")
+    devices = [d for d in (visible or "").split(",") if d] or [str(i) for i in range(max(count_gpus(), 1))]
+    return devices[int(digits) % len(devices)]
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs this process may use, without starting CUDA or importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+@contextmanager
+def connect(
+    cluster: str = "local",
+    workers: int | None = None,
+    *,
+    device: str = "auto",
+    dashboard_address: str = "127.0.0.1:8787",
+) -> Iterator[Client]:
+    """A Dask client for the duration of a ``with`` block.
+
+    Parameters
+    ----------
+    cluster : str
+        ``"local"``: worker processes on this machine, one per GPU, or one per core without a GPU.
+        ``"tcp://HOST:PORT"`` or ``"tls://HOST:PORT"``: a scheduler that runs already; it is left running.
+        ``"PROFILE.yaml"``: a site profile, see ``cluster/profiles``.
+    workers : int, optional
+        Worker processes to start; None = as many as make sense on this machine, or as the profile says.
+    device : str
+        ``"cpu"`` keeps local workers on the cores although there are GPUs.
+    dashboard_address : str
+        ``HOST:PORT`` of the dashboard. If the port is taken another one is used; ``client.dashboard_link``
+        knows.
+
+    Yields
+    ------
+    distributed.Client
+
+    Raises
+    ------
+    ValueError
+        If `cluster` is none of these, or a profile has a wrong key.
+    TimeoutError
+        If no scheduler answers at the address.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="fcunet-", dir=os.environ.get("SLURM_TMPDIR")))
+    try:
+        with dask.config.set(DASK_SETTINGS | {"temporary-directory": str(scratch)}):
+            if cluster == "local":
+                yield from _local(workers, device, dashboard_address, scratch)
+            elif cluster.partition("://")[0] in ("tcp", "tls", "ucx"):
+                yield from _existing(cluster)
+            elif Path(cluster).suffix in (".yaml", ".yml"):
+                raise NotImplementedError
+            else:
+                raise ValueError(
+                    f"cluster {cluster!r} is not known; use 'local', the address of a scheduler "
+                    "(tcp://HOST:PORT), or a profile such as cluster/profiles/slurm-gpu.yaml"
+                )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _local(workers: int | None, device: str, dashboard_address: str, scratch: Path) -> Iterator[Client]:
+    gpus = 0 if device == "cpu" else count_gpus()
+    if gpus:
+        count, threads = workers or gpus, _GPU_THREADS
+    else:
+        count = workers or max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / _WORKER_BYTES)))
+        threads = 1
+    numeric = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
+    environment |= dict.fromkeys(numeric, 1 if gpus else max(1, CPU_COUNT // count))
+    before = {name: os.environ.get(name) for name in environment}
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ": environment}),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=threads,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=free_address(dashboard_address),
+            local_directory=str(scratch),
+        ) as local,
+        Client(local) as client,
+    ):
+        for name, value in before.items():  # the nannies live in this process, and set them here too
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        client.register_plugin(WorkerSetup(pin_devices=gpus > 0, expect_gpu=gpus > 0, ignore_interrupt=True))
+        yield client
+
+
+def _existing(address: str) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=dask.config.get("distributed.comm.timeouts.connect"))
+    except OSError as err:
+        raise TimeoutError(
+            f"no Dask scheduler answers at {address}; start one with: dask scheduler, and workers with: "
+            f"dask worker {address}"
+        ) from err
+    with client:
+        client.register_plugin(WorkerSetup())
+        yield client
+
+
+def report_health(client: Client, workers: int) -> str:
+    """One line on what a run is waiting for; empty when all is well. Called once per second by the driver."""
+    return "" if workers else "waiting for workers"
+
+
+def free_address(address: str) -> str:
+    """`address` (HOST:PORT) if that port is free on this machine, else the same host with any free port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, int(port)))
+    except OSError:
+        return f"{host}:0"
+    except ValueError:
+        raise ValueError(f"dashboard address {address!r} is not HOST:PORT, such as 127.0.0.1:8787") from None
+    return address

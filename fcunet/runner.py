@@ -1,0 +1,605 @@
+"""A run: from a datacube to peaks, strain and report, in one directory, resumable at any moment.
+
+::
+
+    RUN/peaks.zarr     Bragg peaks of every position, written block by block by the workers, with a done mask
+    RUN/strain.zarr    the results, an xarray.DataTree
+    RUN/report.html    all figures in one file; strain.png and others beside it
+    RUN/config.yaml    the settings     RUN/run.log  what happened     RUN/summary.json  speed, memory,
+    failures
+
+The state of a run is the done mask alone, and a block is marked after its data. So the same command continues
+a run that was killed at any moment, and ends with the same bytes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import xarray as xr
+from distributed import Client
+
+from . import __version__, schema
+from .calibrate import calibrate
+from .calibration import Calibration
+from .cluster import connect, report_health
+from .config import Config
+from .dashboard import RunPageFeed
+from .datacube import DamagedBlockError
+from .layout import BlockGrid
+from .lock import RunLock
+from .nn.weights import resolve_weights
+from .progress import Progress, duration
+from .provenance import provenance
+from .results import analyse, public_settings
+from .session import Speaker, draining, log_to, write_text
+from .store import (
+    block_grid,
+    create_peaks,
+    open_datacube,
+    open_results,
+    open_truth,
+    read_status,
+)
+from .tiles import (
+    Block,
+    TileJob,
+    create_patterns,
+    finish_patterns,
+    load_calibration,
+    reopen_patterns,
+    run_tiles,
+    save_calibration,
+)
+from .zarrfolder import root_attrs
+
+logger = logging.getLogger(__name__)
+
+PEAKS, RESULTS, LOG, SUMMARY, CONFIG = "peaks.zarr", "strain.zarr", "run.log", "summary.json", "config.yaml"
+_IDENTITY = ("science_sha256", "weights_sha256", "input_fingerprint")
+_IDENTITY_WORDS = {
+    "science_sha256": "the region or the detection settings",
+    "weights_sha256": "the weights",
+    "input_fingerprint": "the scan",
+}
+_PAGE_EVERY_S = 1.0
+
+
+class RunStopped(RuntimeError):
+    """The run was asked to stop, and did; everything finished so far is in place."""
+
+
+@dataclass
+class _Run:
+    """What is known about a run before its first block."""
+
+    config: Config
+    store: Path
+    out: Path
+    datacube: xr.Dataset  # the region to process, lazy
+    grid: BlockGrid
+    identity: dict[str, str]
+    weights: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peaks(self) -> Path:
+        return self.out / PEAKS
+
+    @property
+    def command(self) -> str:
+        """What to type to go on."""
+        return f"fcunet run {self.store} --out {self.out}"
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        return self.config.region[::2] if self.config.region else (0, 0)  # type: ignore[return-value]
+
+
+def run(
+    config: Config, *, restart: bool = False, client: Client | None = None, progress: bool = True
+) -> xr.DataTree:
+    """Find the peaks of a whole scan, map its strain and write the report; continues what was begun.
+
+    Parameters
+    ----------
+    config : Config
+        ``config.store`` is the datacube, ``config.out`` the run directory (default ``runs/NAME``).
+    restart : bool
+        Forget what an earlier run left in the run directory.
+    client : distributed.Client, optional
+        Compute here; default is what ``config.cluster`` says.
+    progress : bool
+        Print what is going on.
+
+    Returns
+    -------
+    xarray.DataTree
+        The results, opened lazily from ``RUN/strain.zarr``. ``attrs["n_blocks_failed"]`` counts blocks of the
+        scan that could not be read or processed; they are NaN, and named in ``RUN/summary.json``.
+
+    Raises
+    ------
+    ValueError
+        For settings or a store that do not fit, and if the run directory holds a run with other settings.
+    RunLockedError
+        If another process runs in the same directory.
+    RunStopped
+        After Ctrl-C or SIGTERM, when the blocks in flight are done; the message says how to go on.
+    """
+    plan = _plan(config)
+    say = Speaker(progress)
+    with RunLock(plan.out), log_to(plan.out / LOG):
+        begin = time.perf_counter()
+        logger.info("fcunet %s, run in %s", __version__, plan.out)
+        if restart:
+            _forget(plan.out)
+        calibration = _prepare(plan)
+        for line in _describe(plan):
+            say(line)
+        for line in calibration.describe():
+            say(f"  measured  {line}")
+        for warning in calibration.warnings:
+            say(f"  note      {warning}")
+        write_text(plan.out / CONFIG, config.to_yaml())
+        facts = _find_all_peaks(plan, client, say, progress)
+        peaks_end = time.perf_counter()
+        tree = analyse(plan.out, config, say, device=facts.get("device"))
+        plan.seconds["analyse"] = time.perf_counter() - peaks_end
+        report_start = time.perf_counter()
+        report = _write_report(plan.out)
+        plan.seconds["report"] = time.perf_counter() - report_start
+        plan.seconds["total"] = time.perf_counter() - begin
+        _write_summary(plan, facts)
+        say(f"  wrote     {report}   ({duration(plan.seconds['total'])})")
+        return tree
+
+
+def plan(config: Config) -> list[str]:
+    """What :func:`run` would do, in lines of text; nothing is written."""
+    planned = _plan(config)
+    lines = _describe(planned)
+    by, bx = planned.grid.block_shape
+    qy, qx = planned.datacube.sizes["qy"], planned.datacube.sizes["qx"]
+    itemsize = planned.datacube["intensity"].dtype.itemsize
+    block = by * bx * qy * qx * itemsize
+    ny, nx = planned.grid.scan_shape
+    stored = ny * nx * (planned.config.detection.max_num_peaks * 4 * 4 + 5 * 4 + 3)
+    lines.append(
+        f"  memory    {_bytes(block)} per block, up to {_bytes(3 * block + 2**30)} per worker"
+        f" | peaks store at most {_bytes(stored)}"
+    )
+    if planned.peaks.exists():
+        status = read_status(planned.peaks)
+        done = int((status == schema.STATUS_DONE).sum())
+        lines.append(f"  resume    {done} of {status.size} blocks are done already")
+    return lines
+
+
+def rerun_strain(run_dir: str | Path, *, config: str | Path | None = None, **overrides: Any) -> xr.DataTree:
+    """Fit the lattices and compute the strain again from the peaks of a run; seconds, and no GPU.
+
+    Parameters
+    ----------
+    run_dir : path
+        The run directory, or a store in it.
+    config : path, optional
+        YAML file of settings; default is the run's own ``config.yaml``.
+    **overrides
+        Settings of the lattice and the strain, such as ``reference="0:16,0:64"``.
+
+    Returns
+    -------
+    xarray.DataTree
+        The new results; report and figures are written anew as well.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no run, or an override is no setting of the lattice or the strain.
+    """
+    out = _run_dir(run_dir)
+    own = out / CONFIG
+    loaded = Config.load(config or (own if own.exists() else None), **overrides)
+    say = Speaker(True)
+    with RunLock(out), log_to(out / LOG):
+        begin = time.perf_counter()
+        tree = analyse(out, loaded, say)
+        write_text(own, loaded.to_yaml())
+        report = _write_report(out)
+        say(f"  wrote     {report}   ({duration(time.perf_counter() - begin)})")
+    return tree
+
+
+def rewrite_report(run_dir: str | Path) -> Path:
+    """Write figures and report of a finished run again; returns the path of the report."""
+    out = _run_dir(run_dir)
+    open_results(out)
+    with RunLock(out):
+        return _write_report(out)
+
+
+def _write_report(out: Path) -> Path:
+    from .report import write_report  # matplotlib, not needed before
+
+    return Path(write_report(out))
+
+
+def _plan(config: Config) -> _Run:
+    """Everything that can be checked before anything is written."""
+    if config.store is None:
+        raise ValueError(
+            "no datacube was given; name one: fcunet run SCAN.zarr, or Config(store='SCAN.zarr')"
+        )
+    store = Path(config.store)
+    datacube = open_datacube(store)
+    grid = block_grid(store)
+    if config.region is not None:
+        y0, y1, x0, x1 = config.region
+        ny, nx = grid.scan_shape
+        if y1 > ny or x1 > nx:
+            raise ValueError(
+                f"the region {y0}:{y1},{x0}:{x1} reaches beyond the scan of {ny} x {nx}; "
+                f"use at most 0:{ny},0:{nx}"
+            )
+        datacube = datacube.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
+        by, bx = grid.block_shape
+        grid = BlockGrid((y1 - y0, x1 - x0), (min(by, y1 - y0), min(bx, x1 - x0)))
+    weights, sha256 = resolve_weights(config.detection.weights) if _uses_network(config) else (None, "")
+    out = Path(config.out) if config.out is not None else Path("runs") / store.name.removesuffix(".zarr")
+    if out.resolve() == store.resolve():
+        raise ValueError(
+            f"the run directory is the datacube itself; give another one: --out runs/{store.stem}"
+        )
+    identity = {
+        "science_sha256": config.science_hash(),
+        "weights_sha256": sha256,
+        "input_fingerprint": input_fingerprint(store),
+    }
+    return _Run(config, store, out, datacube, grid, identity, weights)
+
+
+def input_fingerprint(store: str | Path) -> str:
+    """Identity of a datacube in milliseconds: of its metadata, vacuum probe and mask, not of its shards.
+
+    So a damaged shard can be put back and the run continued. What the patterns are, `_sample_digests` tells.
+    """
+    digest = hashlib.sha256()
+    for name in ("", "intensity", *sorted(set(schema.DATACUBE) - {"intensity"})):
+        folder = Path(store, name)
+        whole = folder.is_dir() and name not in ("", "intensity")
+        for file in sorted(folder.rglob("*") if whole else folder.glob("*")):
+            if file.is_file() and (whole or file.name in ("zarr.json", ".zattrs", ".zgroup", ".zarray")):
+                digest.update(f"{name}/{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample_digests(datacube: xr.Dataset) -> list[str]:
+    """Digests of the four corner patterns and the middle one; empty where one cannot be read."""
+    ny, nx = datacube["intensity"].shape[:2]
+    digests = []
+    for y, x in ((0, 0), (0, nx - 1), (ny - 1, 0), (ny - 1, nx - 1), (ny // 2, nx // 2)):
+        try:
+            pattern = datacube["intensity"][y, x].data.compute(scheduler="synchronous")
+            digests.append(hashlib.sha256(np.ascontiguousarray(pattern)).hexdigest()[:12])
+        except DamagedBlockError:
+            digests.append("")
+    return digests
+
+
+def _prepare(plan: _Run) -> Calibration:
+    """The peaks store of this run, made or checked, with the calibration in it."""
+    if plan.peaks.exists():
+        _check_identity(plan)
+    else:
+        started = time.perf_counter()
+        calibration = _measure(plan.datacube)
+        plan.seconds["calibrate"] = time.perf_counter() - started
+        network = _uses_network(plan.config)
+        facts = {
+            "config_json": json.dumps(public_settings(plan.config)),
+            "input_title": plan.datacube.attrs.get("title", plan.store.stem),
+            "weights_name": plan.weights.name if plan.weights else None,
+            "intensity_meaning": "structure factor magnitude |V_g|"
+            if network
+            else "height of the correlation",
+            "intensity_units": "V" if network else None,
+            "run_id": _run_id(plan),
+            "input_samples": _sample_digests(plan.datacube),
+            "region": list(plan.config.region) if plan.config.region else None,
+            "datacube": {k: v for k, v in plan.datacube.attrs.items() if not k.startswith("fcunet_format")},
+            "qy": _axis(plan.datacube, "qy"),
+            "qx": _axis(plan.datacube, "qx"),
+            **plan.identity,
+        }
+        # the calibration goes in first, under a name of its own: the store appears with all it needs, or not
+        # at all
+        create_peaks(
+            plan.peaks,
+            scan_shape=plan.grid.scan_shape,
+            block_shape=plan.grid.block_shape,
+            max_num_peaks=plan.config.detection.max_num_peaks,
+            detector_shape=(plan.datacube.sizes["qy"], plan.datacube.sizes["qx"]),
+            coords={dim: plan.datacube[dim] for dim in schema.SCAN_DIMS},
+            attrs=provenance(**facts),
+        )
+        save_calibration(plan.peaks, calibration)
+    if not (plan.peaks / "calibration").exists():  # killed between the two
+        save_calibration(plan.peaks, _measure(plan.datacube))
+    if not (plan.peaks / "truth").exists() and (truth := open_truth(plan.store)) is not None:
+        _save_truth(plan, truth)
+    return load_calibration(plan.peaks)
+
+
+def _measure(datacube: xr.Dataset) -> Calibration:
+    with dask.config.set(scheduler="threads"):  # a few patterns: not worth a cluster
+        return calibrate(datacube)
+
+
+def _check_identity(plan: _Run) -> None:
+    found = root_attrs(plan.peaks)
+    schema.check_format(found, "peaks", str(plan.peaks))
+    other = [k for k in _IDENTITY if found.get(k, "") != plan.identity[k]]
+    if not other and any(
+        a and b and a != b
+        for a, b in zip(found.get("input_samples", []), _sample_digests(plan.datacube), strict=False)
+    ):
+        other = ["input_fingerprint"]
+    if other:
+        what = " and ".join(_IDENTITY_WORDS[k] for k in other)
+        raise ValueError(
+            f"{plan.out} holds a run that differs in {what}, and peaks of two kinds must not mix; start anew "
+            f"with --restart, or keep both with another run directory: --out {plan.out}-2"
+        )
+
+
+def _find_all_peaks(plan: _Run, client: Client | None, say: "Speaker", progress: bool) -> dict[str, Any]:
+    """Process every block that is not done yet; returns facts for the summary."""
+    started = time.perf_counter()
+    status = read_status(plan.peaks)
+    todo: list[Block] = [(int(iy), int(ix)) for iy, ix in np.argwhere(status != schema.STATUS_DONE)]
+    total = int(np.prod(plan.grid.scan_shape))
+    done_before = total - sum(int(np.prod(plan.grid.shape(*block))) for block in todo)
+    facts: dict[str, Any] = {"patterns": total, "patterns_before": done_before}
+    if todo:
+        if done_before:
+            say(f"  resume    {status.size - len(todo)} of {status.size} blocks are done already")
+        reopen_patterns(plan.peaks)
+        create_patterns(
+            plan.peaks, plan.grid.n_blocks, (plan.datacube.sizes["qy"], plan.datacube.sizes["qx"])
+        )
+        with draining() as stop, _client(plan.config, client) as connected:
+            facts |= _run_blocks(plan, connected, todo, status, total, done_before, say, progress, stop)
+    plan.seconds["peaks"] = time.perf_counter() - started
+    status = read_status(plan.peaks)
+    failed = [(int(iy), int(ix)) for iy, ix in np.argwhere(status == schema.STATUS_FAILED)]
+    ended = int((status != schema.STATUS_TODO).sum())
+    if ended < status.size:
+        raise RunStopped(
+            f"stopped with {ended} of {status.size} blocks done; the same command continues: {plan.command}"
+        )
+    finish_patterns(plan.peaks)
+    if failed:
+        say(
+            f"  FAILED    {len(failed)} of {status.size} blocks, their positions are NaN (reasons in "
+            f"{plan.out / SUMMARY}); once repaired, the same command does them again"
+        )
+    return facts | {"n_blocks": int(status.size), "n_blocks_failed": len(failed)}
+
+
+def _run_blocks(
+    plan: _Run,
+    client: Client,
+    todo: list[Block],
+    status: np.ndarray,
+    total: int,
+    done_before: int,
+    say: "Speaker",
+    progress: bool,
+    stop: threading.Event,
+) -> dict[str, Any]:
+    job = TileJob(
+        store=str(plan.store.resolve()),
+        peaks=str(plan.peaks.resolve()),
+        origin=plan.origin,
+        detection=plan.config.detection.model_copy(
+            update={"weights": str(plan.weights.resolve())} if plan.weights else {}
+        ),
+        weights_sha256=plan.identity["weights_sha256"] or None,
+        run_id=_run_id(plan),
+    )
+    say(f"  compute   {_describe_workers(client)}")
+    say(f"  dashboard {client.dashboard_link}   strain page: {_page_address(client)}")
+    client.forward_logging("fcunet", level=logging.INFO)
+    title = f"{plan.datacube.attrs.get('title') or plan.store.stem}"
+    page = RunPageFeed(client, run=f"{job.run_id}-{os.getpid()}", title=title, status=status)
+    seconds: dict[str, float] = {"read": 0.0, "detect": 0.0, "write": 0.0}
+    seen = {"peak_rss": 0, "bytes": 0, "peaks": 0, "truncated": 0, "empty": 0}
+    devices: set[str] = set()
+    last_page = 0.0
+
+    with Progress(total, done_before, show=progress, say=say) as bar:
+
+        def on_done(block: Block, numbers: dict[str, Any]) -> None:
+            for name, value in numbers["seconds"].items():
+                seconds[name] += value
+            for name in ("bytes", "peaks", "truncated", "empty"):
+                seen[name] += numbers[name]
+            seen["peak_rss"] = max(seen["peak_rss"], numbers["peak_rss"])
+            devices.add(numbers["device"])
+            page.done(*block, schema.STATUS_DONE, thumbnail=numbers["bf"])
+            bar.advance(numbers["patterns"])
+
+        def on_failed(block: Block, reason: str) -> None:
+            logger.error("block %s failed: %s", block, reason)
+            page.done(*block, schema.STATUS_FAILED, reason=reason)
+            bar.advance(int(np.prod(plan.grid.shape(*block))), failed=True)
+
+        def on_tick(workers: int) -> None:
+            nonlocal last_page
+            now = time.monotonic()
+            if now - last_page < _PAGE_EVERY_S:
+                return
+            last_page = now
+            note = (
+                "stopping: finishing the blocks in flight"
+                if stop.is_set()
+                else report_health(client, workers)
+            )
+            bar.note(note)
+            page.send(rate=bar.rate, remaining_s=bar.remaining_s, workers=workers, note=note)
+
+        counts = run_tiles(
+            client, job, todo, on_done=on_done, on_failed=on_failed, on_tick=on_tick, stop=stop
+        )
+        rate = bar.rate
+        page.send(rate=rate, remaining_s=0.0, workers=0, note="stopped" if stop.is_set() else "peaks done")
+    if counts.done:
+        say(
+            f"  detect    {bar.now:,} patterns, {seen['peaks'] / max(bar.now, 1):.1f} peaks each, "
+            f"{rate:,.0f} patterns/s"
+        )
+    if seen["truncated"]:
+        say(f"  note      {seen['truncated']:,} patterns had more than {job.detection.max_num_peaks} peaks")
+    return {
+        "patterns_now": bar.now,
+        "patterns_per_s": round(rate, 1),
+        "worker_seconds": {k: round(v, 3) for k, v in seconds.items()},
+        "bytes_read": seen["bytes"],
+        "peak_rss_worker": seen["peak_rss"],
+        "device": ", ".join(sorted(devices)) or None,
+        "failed_blocks": [{"block": list(b), "reason": r} for b, r in sorted(counts.failed.items())],
+    }
+
+
+def _save_truth(plan: _Run, truth: xr.Dataset) -> None:
+    """Keep the truth of a simulated scan with the peaks, cut to the region; later steps need no datacube."""
+    if plan.config.region is not None:
+        y0, y1, x0, x1 = plan.config.region
+        truth = truth.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
+    final = plan.peaks / "truth"
+    draft = final.with_name(f"truth.partial.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    truth.load().drop_encoding().to_zarr(draft, zarr_format=3, consolidated=False)
+    draft.rename(final)
+
+
+def _run_id(plan: _Run) -> str:
+    """The same for every run that writes the same peaks."""
+    return hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _uses_network(config: Config) -> bool:
+    return config.detection.method == "fcunet"
+
+
+def _axis(datacube: xr.Dataset, dim: str) -> dict[str, Any]:
+    """A detector coordinate as first value, step and unit."""
+    values = datacube[dim].values
+    step = float(values[-1] - values[0]) / (len(values) - 1) if len(values) > 1 else 1.0
+    return {
+        "first": float(values[0]),
+        "step": step,
+        "units": datacube[dim].attrs.get("units", schema.UNIT_PIXEL),
+    }
+
+
+def _client(config: Config, client: Client | None) -> AbstractContextManager[Client]:
+    if client is not None:
+        return nullcontext(client)
+    where = config.cluster
+    return connect(
+        where.cluster,
+        where.workers,
+        device=config.detection.device,
+        dashboard_address=where.dashboard_address,
+    )
+
+
+def _describe(plan: _Run) -> list[str]:
+    ny, nx = plan.grid.scan_shape
+    intensity = plan.datacube["intensity"]
+    by, bx = plan.grid.block_shape
+    region = (
+        f" (region {':'.join(map(str, plan.config.region[:2]))},{':'.join(map(str, plan.config.region[2:]))})"
+        if plan.config.region
+        else ""
+    )
+    detection = plan.config.detection
+    model = (
+        f"{detection.weights} (sha256 {plan.identity['weights_sha256'][:8]}...)"
+        if plan.weights
+        else f"correlation, {detection.subpixel} positions"
+    )
+    return [
+        f"  data      {plan.store.name}: {ny} x {nx} scan{region}, {intensity.shape[2]} x "
+        f"{intensity.shape[3]} detector, {intensity.dtype}, {_bytes(intensity.nbytes)} "
+        f"-> {len(plan.grid)} blocks of {by} x {bx}",
+        f"  model     {model}",
+    ]
+
+
+def _describe_workers(client: Client) -> str:
+    threads = client.nthreads()
+    if not threads:
+        return "waiting for workers"
+    per_worker = sorted(set(threads.values()))
+    each = "-".join(map(str, {per_worker[0], per_worker[-1]})) if len(per_worker) > 1 else str(per_worker[0])
+    return f"{len(threads)} workers x {each} thread{'' if each == '1' else 's'}"
+
+
+def _page_address(client: Client) -> str:
+    return client.dashboard_link.removesuffix("/status") + "/fcunet"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def _forget(out: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for name in (PEAKS, RESULTS):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (SUMMARY, CONFIG, "report.html"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _run_dir(path: str | Path) -> Path:
+    out = Path(path)
+    if out.name in (PEAKS, RESULTS):
+        out = out.parent
+    if not (out / PEAKS / "zarr.json").is_file():
+        raise FileNotFoundError(
+            f"{out} holds no run (there is no {PEAKS} in it); make one with: fcunet run SCAN.zarr --out {out}"
+        )
+    return out
+
+
+def _write_summary(plan: _Run, facts: dict[str, Any]) -> None:
+    text = json.dumps(
+        facts
+        | {
+            "seconds": {name: round(value, 3) for name, value in plan.seconds.items()},
+            "peak_rss_driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "fcunet_version": __version__,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+        indent=2,
+    )
+    write_text(plan.out / SUMMARY, text + "\n")

@@ -1,0 +1,397 @@
+"""The blocks of a run as Dask tasks: each reads its shard, finds the peaks, writes its region, marks it done.
+
+Why futures through a window, and not one lazy `map_blocks` graph over the block index: a worker that is lost
+(walltime, node, memory) adds one death to the account of *every* task assigned to it, and a task with a few
+deaths is given up as `KilledWorker`. A graph assigns the whole backlog at once, so a few lost jobs in a row
+end the run (dask/distributed issues 5234, 9164). With two or three tasks per worker in flight only those are
+at stake, the scheduler holds a few kilobytes however large the scan is, a stop takes effect within one block,
+and a block that cannot be done is an event of its own and not the failure of a graph. What each task does is
+the same function of (iy, ix) as in a `map_blocks` over the block index.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import resource
+import shutil
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client, Future, KilledWorker
+
+from . import schema
+from .calibration import Calibration
+from .config import DetectionConfig
+from .datacube import read_region
+from .layout import BlockGrid
+from .store import block_grid, set_status, write_peaks_block
+from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
+
+logger = logging.getLogger(__name__)
+
+Block = tuple[int, int]
+
+_RETRIES = 2  # intermittent decompression errors are known (zarr-developers/numcodecs issue 810)
+_POLL_S = 0.25
+_PARTIAL = "partial"  # group in the peaks store: what each block adds to the mean and maximum pattern
+_THUMBNAIL = 8
+
+
+@dataclass(frozen=True)
+class TileJob:
+    """What all tiles of a run share; small, for it travels with every task.
+
+    Attributes
+    ----------
+    store, peaks : str
+        Paths of the datacube and of the peaks store, as the workers see them.
+    origin : tuple of int
+        First row and column of the scan region.
+    detection : DetectionConfig
+    weights_sha256 : str or None
+        Checksum the network's weights must have.
+    run_id : str
+        Changes when the peaks store is made anew; a task that outlived its run must not write into the next.
+    """
+
+    store: str
+    peaks: str
+    origin: tuple[int, int]
+    detection: DetectionConfig
+    weights_sha256: str | None
+    run_id: str
+
+
+@dataclass
+class TileCounts:
+    """How the tiles of a run ended."""
+
+    done: int = 0
+    failed: dict[Block, str] = field(default_factory=dict)
+
+
+def scan_slices(grid: BlockGrid, origin: tuple[int, int], iy: int, ix: int) -> tuple[slice, slice]:
+    """Where block (iy, ix) of a run over a scan region lies in the whole scan."""
+    ys, xs = grid.slices(iy, ix)
+    y0, x0 = origin
+    return slice(ys.start + y0, ys.stop + y0), slice(xs.start + x0, xs.stop + x0)
+
+
+def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
+    """Read, process and store block (iy, ix); the only thing a worker does.
+
+    Nothing but the mark in `status` says that a block is done, and it is set last. Doing a block twice, even
+    at the same time, writes the same bytes twice.
+
+    Returns
+    -------
+    dict
+        Numbers for the progress: patterns, peaks, seconds per stage, peak memory in bytes, and a thumbnail of
+        the bright field, at most 8 x 8.
+    """
+    from .blocks import device_name, process_block
+
+    start = time.perf_counter()
+    grid = block_grid(job.peaks)
+    ys, xs = scan_slices(grid, job.origin, iy, ix)
+    chunk = read_region(job.store, ys, xs)
+    read = time.perf_counter()
+    calibration = _calibration(job)
+    values = process_block(
+        chunk,
+        job.detection,
+        calibration,
+        origin=_origin(calibration, *grid.slices(iy, ix)),
+        weights_sha256=job.weights_sha256,
+    )
+    computed = time.perf_counter()
+    _check_run(job)
+    write_peaks_block(job.peaks, iy, ix, values)
+    for name in ("sum", "maximum"):
+        open_array(Path(job.peaks, _PARTIAL), name, mode="r+")[iy, ix] = values[name]
+    set_status(job.peaks, iy, ix, schema.STATUS_DONE)
+    end = time.perf_counter()
+    return {
+        "patterns": int(values["n_peaks"].size),
+        "peaks": int(values["n_peaks"].sum()),
+        "truncated": int(values["truncated"].sum()),
+        "empty": int((values["n_peaks"] == 0).sum()),
+        "bytes": int(chunk.nbytes),
+        "seconds": {"read": read - start, "detect": computed - read, "write": end - computed},
+        "device": device_name(job.detection.device),
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bf": thumbnail(values["bf"]),
+    }
+
+
+submitted = process_tile  # what goes to the workers
+
+
+def mark_failed(job: TileJob, iy: int, ix: int) -> None:
+    """Leave block (iy, ix) as NaN, without peaks, and say so in `status`."""
+    grid = block_grid(job.peaks)
+    for name in schema.PEAKS:
+        if name != "status":
+            array = open_array(job.peaks, name, mode="r+")
+            array[grid.slices(iy, ix)] = array.fill_value
+    for name in ("sum", "maximum"):
+        array = open_array(Path(job.peaks, _PARTIAL), name, mode="r+")
+        array[iy, ix] = array.fill_value
+    set_status(job.peaks, iy, ix, schema.STATUS_FAILED)
+
+
+def create_patterns(peaks: str | Path, n_blocks: tuple[int, int], detector_shape: tuple[int, int]) -> None:
+    """Room for what each block adds to the mean and maximum pattern; an existing one is kept.
+
+    About 1 % of the scan in size; :func:`finish_patterns` takes it away again.
+    """
+    folder = Path(peaks, _PARTIAL)
+    group = zarr.open_group(folder, mode="a", zarr_format=3)
+    for name, dtype, fill in (("sum", np.float64, 0.0), ("maximum", np.float32, np.nan)):
+        if not has_array(folder, name):
+            group.create_array(
+                name,
+                shape=(*n_blocks, *detector_shape),
+                chunks=(1, 1, *detector_shape),
+                dtype=dtype,
+                fill_value=fill,
+                compressors=FLOAT_CODEC,
+                dimension_names=(*schema.BLOCK_DIMS, *schema.PATTERN_DIMS),
+            )
+
+
+def finish_patterns(peaks: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and maximum pattern of the run, float32 (qy, qx), from what the blocks left; kept with the peaks.
+
+    The blocks are added in a fixed order, so that the result does not depend on which came first.
+    """
+    final, folder = Path(peaks, "diffraction"), Path(peaks, _PARTIAL)
+    if not final.exists():
+        sums, maxima = (open_array(folder, name) for name in ("sum", "maximum"))
+        total, maximum = np.zeros(sums.shape[2:]), np.full(sums.shape[2:], np.nan, np.float32)
+        for iy, ix in np.ndindex(*sums.shape[:2]):
+            total += np.asarray(sums[iy, ix])
+            maximum = np.fmax(maximum, np.asarray(maxima[iy, ix]))
+        n = int(np.isfinite(open_array(peaks, "total")[:]).sum())  # failed and dark positions are NaN there
+        mean = (total / n if n else np.full_like(total, np.nan)).astype(np.float32)
+        with _nascent_group(final) as group:
+            for name, pattern in (("mean", mean), ("maximum", maximum)):
+                put_array(group, name, pattern, schema.PATTERN_DIMS, schema.DIFFRACTION[name].attrs)
+    shutil.rmtree(folder, ignore_errors=True)
+    return np.asarray(open_array(final, "mean")[:]), np.asarray(open_array(final, "maximum")[:])
+
+
+def reopen_patterns(peaks: str | Path) -> None:
+    """Forget the mean and maximum pattern, because blocks that had failed are tried again."""
+    shutil.rmtree(Path(peaks, "diffraction"), ignore_errors=True)
+
+
+def save_calibration(peaks: str | Path, calibration: Calibration) -> None:
+    """Keep what was measured in the peaks store, from where every worker reads it."""
+    values = calibration.to_dict()
+    values.pop("bad_pixels")
+    with _nascent_group(Path(peaks, "calibration")) as group:
+        group.attrs.update(values)
+        put_array(group, "probe", calibration.probe, schema.PATTERN_DIMS, {})
+        put_array(group, "bad_pixels", calibration.bad_pixels, schema.PATTERN_DIMS, {})
+        if calibration.origin_stored is not None:
+            put_array(group, "origin", calibration.origin_stored, (*schema.SCAN_DIMS, "axis"), {})
+
+
+def load_calibration(peaks: str | Path) -> Calibration:
+    """What :func:`save_calibration` kept."""
+    folder = Path(peaks, "calibration")
+    values: dict[str, Any] = dict(zarr.open_group(folder, mode="r", use_consolidated=False).attrs)
+    bad = np.flatnonzero(open_array(folder, "bad_pixels")[:])
+    origin = np.asarray(open_array(folder, "origin")[:]) if has_array(folder, "origin") else None
+    return Calibration.from_dict(
+        values | {"bad_pixels": bad}, probe=np.asarray(open_array(folder, "probe")[:]), origin=origin
+    )
+
+
+@contextlib.contextmanager
+def _nascent_group(final: Path) -> Iterator[zarr.Group]:
+    """A Zarr group that appears under its name only when it is complete."""
+    draft = final.with_name(f"{final.name}.partial.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    yield zarr.create_group(draft, zarr_format=3)
+    replace_folder(draft, final)
+
+
+def thumbnail(image: np.ndarray) -> list[list[float]]:
+    """`image` (y, x) reduced to at most 8 x 8 means, for the live map."""
+    steps = [max(1, -(-n // _THUMBNAIL)) for n in image.shape]
+    edges = [np.arange(0, n, step) for n, step in zip(image.shape, steps, strict=True)]
+    filled = np.nan_to_num(image.astype(float))
+    sums = np.add.reduceat(np.add.reduceat(filled, edges[0], axis=0), edges[1], axis=1)
+    counts = np.diff([*edges[0], image.shape[0]])[:, None] * np.diff([*edges[1], image.shape[1]])
+    return (sums / counts).tolist()
+
+
+def run_tiles(
+    client: Client,
+    job: TileJob,
+    tiles: Iterable[Block],
+    *,
+    on_done: Callable[[Block, dict[str, Any]], None],
+    on_failed: Callable[[Block, str], None],
+    on_tick: Callable[[int], None] = lambda workers: None,
+    stop: threading.Event | None = None,
+) -> TileCounts:
+    """Feed `tiles` to the workers of `client`, two or three per worker at a time, and wait for them.
+
+    A tile whose task raises is tried three times. One that was assigned to several workers as they died may
+    be innocent: it is tried again at the end, one tile per worker, so that only a tile that itself kills
+    workers is given up.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    job : TileJob
+    tiles : iterable of (iy, ix)
+    on_done, on_failed : callable
+        Called in this thread with the block and what the task returned, or the reason it failed.
+    on_tick : callable
+        Called a few times per second with the number of workers; may raise to end the run.
+    stop : threading.Event, optional
+        When set, no more tiles are submitted, and the call returns when those in flight are done.
+
+    Returns
+    -------
+    TileCounts
+    """
+    counts = TileCounts()
+    stop = stop or threading.Event()
+    suspects: deque[Block] = deque()
+    window = _Window(client, job)
+    try:
+        for todo, per_worker in ((deque(tiles), None), (suspects, 1)):
+            window.drain(
+                todo,
+                per_worker,
+                suspects if per_worker is None else None,
+                counts,
+                on_done,
+                on_failed,
+                on_tick,
+                stop,
+            )
+    finally:
+        window.cancel()
+    return counts
+
+
+class _Window:
+    """The tiles in flight."""
+
+    def __init__(self, client: Client, job: TileJob) -> None:
+        self.client, self.job = client, job
+        self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self.flying: dict[Future, Block] = {}
+        self._workers, self._slots, self._asked = 0, 0, 0.0
+
+    def drain(
+        self,
+        todo: deque[Block],
+        per_worker: int | None,
+        suspects: deque[Block] | None,
+        counts: TileCounts,
+        on_done: Callable[[Block, dict[str, Any]], None],
+        on_failed: Callable[[Block, str], None],
+        on_tick: Callable[[int], None],
+        stop: threading.Event,
+    ) -> None:
+        while self.flying or (todo and not stop.is_set()):
+            self._fill(todo, per_worker, stop)
+            on_tick(self._workers)
+            try:
+                future = self.finished.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            block = self.flying.pop(future)
+            if future.status == "finished":
+                counts.done += 1
+                on_done(block, future.result())
+                continue
+            if future.status != "error":  # cancelled or lost: the scheduler forgot it
+                if self.client.status != "running":
+                    raise ConnectionError(
+                        "the Dask scheduler is gone; run the same command again to continue"
+                    )
+                todo.append(block)
+                continue
+            error = future.exception()
+            if isinstance(error, KilledWorker) and suspects is not None:
+                logger.warning("block %s was on several workers that died; it is tried again alone", block)
+                suspects.append(block)
+                continue
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, KilledWorker):
+                reason = "every worker that took it died, most likely out of memory"
+            mark_failed(self.job, *block)
+            counts.failed[block] = reason
+            on_failed(block, reason)
+
+    def cancel(self) -> None:
+        if self.flying:
+            with contextlib.suppress(Exception):  # the connection may be what broke
+                self.client.cancel(list(self.flying), force=True)
+        self.flying.clear()
+
+    def _fill(self, todo: deque[Block], per_worker: int | None, stop: threading.Event) -> None:
+        now = time.monotonic()
+        if now - self._asked > 2 or not self._workers:
+            threads = self.client.nthreads()
+            self._workers, self._slots, self._asked = len(threads), sum(threads.values()), now
+        # one more per worker than it has threads: the next tile is there when one ends
+        size = max(self._workers, 1) * per_worker if per_worker else max(self._slots + self._workers, 2)
+        while todo and len(self.flying) < size and not stop.is_set():
+            block = todo.popleft()
+            future = self.client.submit(
+                submitted,
+                self.job,
+                *block,
+                key=f"fcunet-tile-{block[0]}-{block[1]}-{uuid.uuid4().hex[:8]}",
+                retries=_RETRIES,
+                pure=False,
+            )
+            self.flying[future] = block
+            future.add_done_callback(self.finished.put)
+
+
+_CALIBRATIONS: dict[str, Calibration] = {}
+
+
+def _calibration(job: TileJob) -> Calibration:
+    """The calibration of the run, read once per process."""
+    found = _CALIBRATIONS.get(job.run_id)
+    if found is None:
+        found = load_calibration(job.peaks)
+        _CALIBRATIONS.clear()
+        _CALIBRATIONS[job.run_id] = found
+    return found
+
+
+def _origin(calibration: Calibration, ys: slice, xs: slice) -> np.ndarray:
+    """Beam centre (y, x) at the positions of a block."""
+    if calibration.origin_stored is not None:
+        return calibration.origin_stored[ys, xs]
+    y, x = np.mgrid[ys, xs]
+    return np.stack([np.ones_like(y), y, x], axis=-1) @ calibration.origin_plane.T
+
+
+def _check_run(job: TileJob) -> None:
+    found = zarr.open_group(job.peaks, mode="r", use_consolidated=False).attrs.get("run_id")
+    if found != job.run_id:
+        raise RuntimeError(
+            f"{os.path.basename(job.peaks)} belongs to another run by now; nothing was written"
+        )
