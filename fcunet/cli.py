@@ -138,7 +138,7 @@ def _quantity(text: str | None, name: str, units: tuple[str, ...]) -> tuple[floa
 def demo(
     out: Annotated[Path, typer.Option(help="where the demo writes")] = Path("runs/demo"),
     scan: Annotated[str, typer.Option(help="rows,columns of the simulated scan")] = "24,48",
-    detector: Annotated[int, typer.Option(help="side of the simulated detector, px")] = 128,
+    detector: Annotated[int, typer.Option(help="side of the simulated detector, px")] = 256,
     dose: Annotated[float, typer.Option(help="electrons per pattern")] = 1e5,
     workers: Annotated[int | None, typer.Option(help="worker processes")] = None,
     seed: Annotated[int, typer.Option(help="seed of the simulation")] = 0,

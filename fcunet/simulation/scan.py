@@ -1,6 +1,8 @@
 """Simulated 4D-STEM scans of known strain: dynamical scattering, counting noise, descan, exact truth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -138,6 +140,22 @@ def _scatter_states(
     return g[:, [1, 0]], coefficients
 
 
+def _on_one_thread(function: Callable) -> Callable:
+    """Products this small gain nothing from threads, and wait minutes for each other on a busy machine."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
+
+
+@_on_one_thread
 def simulate(
     scan: tuple[int, int] = (24, 48),
     detector: int = 128,
