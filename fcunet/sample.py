@@ -8,6 +8,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from . import schema
+from .datacube import DamagedBlockError
 
 N_PATTERNS = 64
 PATCH = 2  # the sample is read in patches of PATCH x PATCH neighbouring positions
@@ -88,8 +89,13 @@ def read_sample(datacube: xr.Dataset, *, n_patterns: int = N_PATTERNS, seed: int
         )
     patterns, position, patch = [], [], []
     top = -math.inf
+    damaged: DamagedBlockError | None = None
     for i, (sy, sx) in enumerate(_patches(intensity, n_patterns, seed)):
-        block = intensity.isel(scan_y=sy, scan_x=sx).values
+        try:
+            block = intensity.isel(scan_y=sy, scan_x=sx).values
+        except DamagedBlockError as err:  # one bad shard must not stop a run that can leave it out
+            damaged = err
+            continue
         flat = block.reshape(-1, *detector)
         patterns.append(flat)
         y, x = np.mgrid[sy, sx]
@@ -97,6 +103,8 @@ def read_sample(datacube: xr.Dataset, *, n_patterns: int = N_PATTERNS, seed: int
         patch.append(np.full(len(flat), i))
         if np.isfinite(flat[:, use]).any():
             top = max(top, float(np.nanmax(flat[:, use])))
+    if not patterns:
+        raise ValueError(f"no pattern of the sample can be read: {damaged}")
     raw = np.concatenate(patterns)
     at_top = (raw >= top) & use
     # a clipped detector shows its largest value again and again; a count of three or four is nothing of
