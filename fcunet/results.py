@@ -46,7 +46,9 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     if calibration.origin_stored is not None or calibration.descan_px > 1:
         for i, name in enumerate(("origin_qy", "origin_qx")):
             peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
-    with dask.config.set(scheduler="threads"):  # the cluster is for patterns: peaks are few, and it may be gone
+    with dask.config.set(
+        scheduler="threads"
+    ):  # the cluster is for patterns: peaks are few, and it may be gone
         lattice = fit_lattice(peaks, **config.lattice.model_dump()).compute()
         strain = compute_strain(lattice, **config.strain.model_dump()).compute()
         vector_map = bragg_vector_map(peaks).compute()
