@@ -3,11 +3,12 @@
     python -m benchmarks.abtem_scan runs/abtem            # once; needs the extra fcunet[validation]
     python -m benchmarks.accuracy runs/abtem --out benchmarks/results/abtem.json
 
-The patterns come from an independent code (abTEM) and a crystal whose whole prototype no network was trained
-on. Poisson noise is added here with a fixed seed for every dose; ``inf`` keeps the patterns without noise. The
-reference is exact: the in-plane reciprocal vectors of the undeformed crystal, so errors that the whole scan has
-in common count. Rows of the scan differ in thickness and mistilt, columns in deformation. The bound is that of
-Cramer and Rao for evenly filled disks with the same electrons (`benchmarks.bounds`).
+The patterns come from an independent code (abTEM) and a crystal whose whole prototype no network was
+trained on. Poisson noise is added here with a fixed seed for every dose; ``inf`` keeps the patterns
+without noise. The reference is exact: the in-plane reciprocal vectors of the undeformed crystal, so
+errors that the whole scan has in common count. Rows of the scan differ in thickness and mistilt, columns
+in deformation. The bound is that of Cramer and Rao for evenly filled disks with the same electrons
+(`benchmarks.bounds`).
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Cramer-Rao bounds: the smallest standard deviation that any unbiased method can reach at a given dose.
 
-A disk of radius R px with N electrons, flat inside, its edge blurred by a Gaussian of standard deviation s, on a
-background of b electrons per px, has the rate I0 h(r) + b, h(r) = erfc((r - R) / (s sqrt 2)) / 2, with
-I0 = N / (pi R^2). Its Fisher information about the position along one axis is
-J = pi I0^2 int h'(r)^2 / (I0 h + b) r dr, about 0.9032 N / (R s) for s << R without background. Flat interiors
-are assumed: unknown texture can only make things worse.
+A disk of radius R px with N electrons, flat inside, its edge blurred by a Gaussian of standard deviation
+s, on a background of b electrons per px, has the rate I0 h(r) + b, h(r) = erfc((r - R) / (s sqrt 2)) / 2,
+with I0 = N / (pi R^2). Its Fisher information about the position along one axis is J = pi I0^2 int
+h'(r)^2 / (I0 h + b) r dr, about 0.9032 N / (R s) for s << R without background. Flat interiors are
+assumed: unknown texture can only make things worse.
 """
 
 import numpy as np
