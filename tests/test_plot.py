@@ -1,0 +1,166 @@
+"""Figures: right labels and ranges, and no failure on scans that hold nothing or one row."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from fcunet import plot
+from fcunet.plot.patterns import lattice_angle, near_lattice
+from fcunet.plot.style import round_down, round_up
+
+SCAN = ("scan_y", "scan_x")
+COMPONENTS = ("e_xx", "e_yy", "e_xy", "theta")
+
+
+def results(ny=6, nx=9, *, missing=False, units="nm"):
+    """A tree as a run leaves it, with one position without a lattice, or all."""
+    rng = np.random.default_rng(3)
+    lost = np.ones((ny, nx), bool) if missing else np.arange(ny * nx).reshape(ny, nx) == 4
+    coords = {d: (d, 2.0 * np.arange(n), {"units": units}) for d, n in zip(SCAN, (ny, nx), strict=True)}
+
+    def scan(values):
+        return SCAN, np.where(lost, np.nan, values)
+
+    truth = {c: 0.01 * np.broadcast_to(np.linspace(-1, 1, nx), (ny, nx)) for c in COMPONENTS}
+    noisy = {c: scan(v + 1e-3 * rng.normal(size=v.shape)) for c, v in truth.items()}
+    stds = {f"{c}_std": scan(np.full((ny, nx), 1e-3)) for c in COMPONENTS}
+    strain = xr.Dataset(noisy | stds | {"valid": (SCAN, ~lost)}, coords)
+    strain.attrs = {
+        "frame": "scan",
+        "reference": "all positions",
+        "g1_ref_px": [3.0, 15.0],
+        "g2_ref_px": [14.0, -3.0],
+    }
+    names = ("origin_qy", "origin_qx", "g1_qy", "g1_qx", "g2_qy", "g2_qx")
+    lattice = {n: scan(np.full((ny, nx), v)) for n, v in zip(names, (31, 33, 3, 15, 14, -3), strict=True)}
+    lattice |= {
+        "fit_error": scan(rng.gamma(4, 0.02, (ny, nx))),
+        "n_indexed": (SCAN, rng.poisson(20, (ny, nx))),
+    }
+    counts = {n: (SCAN, rng.normal(100, 3, (ny, nx))) for n in ("bf", "adf", "total", "com_qy", "com_qx")}
+    virtual = counts | {"n_peaks": (SCAN, rng.poisson(22, (ny, nx)))}
+    groups = {
+        "/strain": strain,
+        "/lattice": xr.Dataset(lattice, coords, {"basis_px": [[3, 15], [14, -3]], "origin_px": [31, 33]}),
+        "/virtual": xr.Dataset(virtual, coords),
+        "/diffraction": xr.Dataset({"bragg_vector_map": (("qy", "qx"), rng.random((64, 66)))}),
+        "/truth": xr.Dataset({c: (SCAN, v) for c, v in truth.items()}, coords),
+    }
+    return xr.DataTree.from_dict(groups)
+
+
+def texts(figure):
+    return " | ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+EVERY = ("strain", "error_bars", "virtual", "truth", "numbers", "bragg_vector_map")
+DRAWN = [(name, kind) for name in EVERY for kind in ("row", "missing")]
+DRAWN += [("strain", "single"), ("virtual", "column"), ("truth", "map")]
+
+
+@pytest.mark.parametrize(("name", "kind"), DRAWN)
+def test_figures__are_drawn_for_every_kind_of_scan(name, kind):
+    shape = {"row": (1, 9), "column": (7, 1), "single": (1, 1)}.get(kind, (6, 9))
+    figure = getattr(plot, name)(results(*shape, missing=kind == "missing"))
+    assert plot.to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+def test_strain__shares_one_symmetric_range_and_says_it():
+    figure = plot.strain(results())
+    limits = [
+        image.get_clim()
+        for image in figure.findobj(lambda a: hasattr(a, "get_clim") and hasattr(a, "get_extent"))
+    ]
+    assert limits[0] == limits[1] == limits[2]
+    assert limits[0][0] == -limits[0][1]
+    assert f"{limits[0][1]:g} %" in texts(figure)
+
+
+def test_strain__labels_components_scale_and_lattice():
+    text = texts(plot.strain(results()))
+    for word in ("varepsilon_{xx}", "theta", "degrees", "5 nm", "g_1", "g_2", "frame: scan"):
+        assert word in text
+
+
+def test_strain__limits_may_be_given():
+    figure = plot.strain(results(), limit_percent=3.0, theta_limit=20.0, theta_unit="mrad")
+    assert r"$\pm$3 % and $\pm$20 mrad" in texts(figure)
+
+
+def test_strain__refuses_a_dataset_without_strain():
+    with pytest.raises(ValueError, match="needs e_xx.*open_results"):
+        plot.strain(xr.Dataset({"bf": (SCAN, np.zeros((2, 2)))}))
+
+
+def test_strain__refuses_an_unknown_unit():
+    with pytest.raises(ValueError, match="degree or mrad"):
+        plot.strain(results(), theta_unit="grad")
+
+
+def test_figures__missing_group_is_named():
+    tree = xr.DataTree.from_dict({"/strain": results()["strain"].dataset})
+    with pytest.raises(ValueError, match="no group /virtual"):
+        plot.virtual(tree)
+
+
+def test_truth__says_the_rms_error():
+    tree = results()
+    error = tree["strain"]["e_xx"].values - tree["truth"]["e_xx"].values
+    assert f"rms {1e3 * np.sqrt(np.nanmean(error**2)):.2f}" in texts(plot.truth(tree))
+
+
+def test_methods__names_every_detector_and_its_error():
+    tree = results()
+    strain = tree["strain"].dataset
+    text = texts(plot.methods({"network": strain, "correlation": strain}, tree["truth"].dataset))
+    assert "network" in text
+    assert "correlation" in text
+    assert text.count("rms error") == 8
+
+
+def test_detection__marks_peaks_on_and_off_the_lattice():
+    pattern = np.zeros((64, 66))
+    peaks = {"peak_qy": [[31.0, 34.0, 20.0, np.nan]], "peak_qx": [[33.0, 48.0, 20.0, np.nan]]}
+    lattice = dict(
+        zip(
+            ("origin_qy", "origin_qx", "g1_qy", "g1_qx", "g2_qy", "g2_qx"),
+            (31, 33, 3, 15, 14, -3),
+            strict=True,
+        )
+    )
+    figure = plot.detection(pattern, peaks, lattice, radius_px=3)
+    circles = figure.axes[0].patches
+    assert len(circles) == 3
+    assert [c.get_linestyle() == "solid" for c in circles] == [True, True, False]
+    assert "3 peaks" in texts(figure)
+
+
+def test_detection__reads_only_the_positions_asked_for():
+    cube = xr.Dataset({"intensity": (("scan_y", "scan_x", "qy", "qx"), np.ones((2, 3, 16, 16)))})
+    peaks = xr.Dataset({n: ((*SCAN, "peak"), np.full((2, 3, 4), 8.0)) for n in ("peak_qy", "peak_qx")})
+    figure = plot.detection(cube, peaks, at=[(0, 1), (1, 2)])
+    assert "scan 1, 2: 4 peaks" in texts(figure)
+    with pytest.raises(ValueError, match="outside the scan of 2 x 3"):
+        plot.detection(cube, peaks, at=(2, 0))
+
+
+def test_near_lattice__missing_peaks_and_lattices_are_not_near():
+    g = np.array([[0.0, 10.0], [10.0, 0.0]])
+    assert near_lattice([5, 15.5, np.nan], [5, 5, 5], [5, 5], g).tolist() == [True, True, False]
+    assert not near_lattice([5.0], [5.0], [np.nan, 5], g).any()
+
+
+def test_lattice_angle__is_the_acute_one():
+    assert lattice_angle([[0, 1], [1, -0.1]]) == pytest.approx(84.289, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "below", "above"), [(0.9, 0.5, 1.0), (37, 20, 37), (1.2, 1, 1.5), (0.013, 0.01, 0.02)]
+)
+def test_round__gives_round_numbers_on_the_right_side(value, below, above):
+    assert round_down(value) == pytest.approx(below)
+    assert round_up(value) == pytest.approx(above)
+
+
+def test_figure__shows_itself_in_a_notebook():
+    assert plot.virtual(results())._repr_png_().startswith(b"\x89PNG")
