@@ -1,20 +1,21 @@
 """Thresholds and error bars, tuned on validation patterns after training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..kernels.peaks import Peaks
 from ..nn.model import Network, disk_radius
 from ..nn.published import build_network
-from .evaluate import Batch, evaluate, match_peaks, network_detector
+from .evaluate import Batch, decode_prediction, evaluate, match_peaks, predict
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 
 
-def calibrate(model: Network, sets: Mapping[float, Iterable[Batch]]) -> Network:
+def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
     """A copy of `model` (eval mode) with threshold and position errors tuned on `sets` (dose -> batches).
 
     The threshold maximises the mean over doses of F1, the harmonic mean of recall and precision at 1 px. The
@@ -22,8 +23,16 @@ def calibrate(model: Network, sets: Mapping[float, Iterable[Batch]]) -> Network:
     and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square.
     """
     model = _with(model, sigma_scale=1.0, sigma_floor_px=0.0)
-    threshold = max(THRESHOLDS, key=lambda t: sum(_f1(model, t, batches) for batches in sets.values()))
-    pairs = [_errors(model, threshold, batches) for batches in sets.values()]
+    maps = {dose: [predict(model, b.pattern, b.probe) for b in batches] for dose, batches in sets.items()}
+
+    def peaks(dose: float, threshold: float) -> Iterator[Peaks]:
+        return (decode_prediction(prediction, threshold=threshold) for prediction in maps[dose])
+
+    def f1(threshold: float) -> float:
+        return sum(_f1(peaks(dose, threshold), batches) for dose, batches in sets.items())
+
+    threshold = max(THRESHOLDS, key=f1)
+    pairs = [_errors(peaks(dose, threshold), batches) for dose, batches in sets.items()]
     scale, floor = fit_sigma([p for p in pairs if len(p[0])])
     return _with(model, threshold=threshold, sigma_scale=scale, sigma_floor_px=floor)
 
@@ -54,19 +63,17 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     return answer
 
 
-def _f1(model: Network, threshold: float, batches: Iterable[Batch]) -> float:
-    figures = evaluate(network_detector(model, threshold=threshold), batches)
+def _f1(found: Iterator[Peaks], batches: Iterable[Batch]) -> float:
+    figures = evaluate(lambda patterns, probes: next(found), batches)
     recall, precision = figures["recall"], figures["precision"]
     return 2 * recall * precision / max(recall + precision, 1e-9)
 
 
-def _errors(model: Network, threshold: float, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def _errors(found: Iterator[Peaks], batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Position errors (k, 2) and predicted sigma (k,) of the spots found."""
-    detector, errors, sigmas = network_detector(model, threshold=threshold), [], []
-    for batch in batches:
-        matches = match_peaks(
-            detector(batch.pattern, batch.probe), batch, margin_px=float(disk_radius(batch.probe).max())
-        )
+    errors, sigmas = [], []
+    for peaks, batch in zip(found, batches, strict=True):
+        matches = match_peaks(peaks, batch, margin_px=float(disk_radius(batch.probe).max()))
         keep = matches.found & matches.wanted
         errors.append(matches.error[keep])
         sigmas.append(matches.sigma[keep])

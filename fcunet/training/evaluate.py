@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.peaks import Peaks
 from ..nn.decode import decode
-from ..nn.model import Network, disk_radius
+from ..nn.model import Network, NetworkOutput, disk_radius
 
 MATCH_PX = 1.0
 VISIBLE_ELECTRONS = 20.0  # fewer electrons in a disk: not asked for
@@ -191,24 +191,28 @@ class Totals:
         }
 
 
-def network_detector(model: Network, *, threshold: float | None = None, max_num_peaks: int = 160) -> Detector:
+Prediction = list[tuple[Tensor, NetworkOutput]]  # maps, and the rows of the batch they belong to
+
+
+def predict(model: Network, patterns: Tensor, probes: Tensor) -> Prediction:
+    """Maps of a batch; patterns that need different binning, which a real scan never mixes, apart."""
+    bins = torch.ceil(disk_radius(probes) / model.config.max_radius_px).clamp_min(1)
+    groups = [(bins == k).nonzero()[:, 0] for k in bins.unique()]
+    with torch.no_grad():
+        return [(rows, model(patterns[rows], probes[rows])) for rows in groups]
+
+
+def decode_prediction(prediction: Prediction, *, threshold: float, max_num_peaks: int = 200) -> Peaks:
+    """Peaks of a batch, in its own order."""
+    parts = [decode(maps, threshold=threshold, max_num_peaks=max_num_peaks) for _, maps in prediction]
+    order = torch.cat([rows for rows, _ in prediction]).argsort()
+    return Peaks(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
+
+
+def network_detector(model: Network, *, threshold: float | None = None) -> Detector:
     """`model` as a detector, in the mode (train or eval) it is in."""
     level = model.config.threshold if threshold is None else threshold
-
-    def detect(patterns: Tensor, probes: Tensor) -> Peaks:
-        # patterns of one batch may need different binning, which a real scan never does
-        bins = torch.ceil(disk_radius(probes) / model.config.max_radius_px).clamp_min(1)
-        slots: list[Peaks | None] = [None] * len(patterns)
-        with torch.no_grad():
-            for k in bins.unique():
-                rows = (bins == k).nonzero()[:, 0]
-                output = model(patterns[rows], probes[rows])
-                peaks = decode(output, threshold=level, max_num_peaks=max_num_peaks)
-                for i, row in enumerate(rows.tolist()):
-                    slots[row] = Peaks(*(t[i : i + 1] for t in peaks))
-        return Peaks(*(torch.cat(parts) for parts in zip(*(s for s in slots if s), strict=True)))
-
-    return detect
+    return lambda patterns, probes: decode_prediction(predict(model, patterns, probes), threshold=level)
 
 
 def evaluate(
