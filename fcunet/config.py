@@ -182,6 +182,8 @@ class Config(BaseSettings):
         nested: dict[str, Any] = {}
         for name, value in overrides.items():
             section = SECTION_OF.get(name)
+            if name == "cluster" and not isinstance(value, dict):  # the section, or its first key
+                section = name
             if section is None:
                 nested[name] = value
             else:
