@@ -293,7 +293,7 @@ def _sample_digests(datacube: xr.Dataset) -> list[str]:
     for y, x in ((0, 0), (0, nx - 1), (ny - 1, 0), (ny - 1, nx - 1), (ny // 2, nx // 2)):
         try:
             pattern = datacube["intensity"][y, x].data.compute(scheduler="synchronous")
-            digests.append(hashlib.sha256(np.ascontiguousarray(pattern)).hexdigest()[:12])
+            digests.append(hashlib.sha256(pattern.tobytes()).hexdigest()[:12])
         except DamagedBlockError:
             digests.append("")
     return digests
