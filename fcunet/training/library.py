@@ -23,16 +23,8 @@ from distributed import Client, as_completed
 
 from ..provenance import to_json
 from ..zarrfolder import FLOAT_CODEC, open_array
-from .dataset import (
-    _SPLIT_SEEDS,
-    N_SPOTS,
-    PatternSource,
-    Pool,
-    TrainingBatch,
-    empty_pool,
-    make_orientations,
-    training_crystals,
-)
+from .dataset import _SPLIT_SEEDS, PatternSource, TrainingBatch
+from .orientations import N_SPOTS, Pool, empty_pool, make_orientations, training_crystals
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fcunet.training.dataset import (
-    PatternSource,
+from fcunet.training.dataset import PatternSource
+from fcunet.training.orientations import (
     Pool,
     draw_thicknesses,
     load_pool,
