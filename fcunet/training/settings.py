@@ -62,7 +62,7 @@ class TrainConfig(BaseModel):
         (2e3, 1e4, 1e5, 1e7), description="electrons per validation pattern"
     )
     selection_doses: tuple[float, ...] = Field(
-        (2e3, 1e4), description="doses whose figures choose the weights kept"
+        (2e3, 1e4, 1e5), description="doses whose figures choose the weights kept"
     )
     checkpoint_every_s: float = Field(60.0, ge=0, description="seconds between checkpoints")
 
