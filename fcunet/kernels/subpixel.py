@@ -62,17 +62,18 @@ def interpolation_weights(power: Tensor, factor: int, oversampling: int = 1) -> 
             f"upsample_factor is {factor}, but must be at least 3; for less use subpixel='parabola'"
         )
     power = power.double().cpu()
-    size = power.shape[0]
-    frequency = torch.fft.fftfreq(size, dtype=torch.float64)
-    last = _last_point(factor)
-    points = torch.arange(-last, last + 1, dtype=torch.float64) / factor
-    taps = (torch.arange(_TAPS, dtype=torch.float64) - _TAPS // 2) / oversampling
+    frequency = torch.fft.fftfreq(power.shape[0], dtype=torch.float64)
+    last, taps = _last_point(factor), torch.arange(_TAPS) - _TAPS // 2
+    # every distance is a whole number of these steps
+    steps = torch.arange(_TAPS * factor + last * oversampling, dtype=torch.float64)[:, None]
+    cosines = torch.cos(2 * torch.pi / (factor * oversampling) * steps * frequency)
+    autocorrelation = cosines @ (power / power.sum())
 
-    def autocorrelation(distance: Tensor) -> Tensor:
-        return torch.cos(2 * torch.pi * distance[..., None] * frequency) @ (power / power.sum())
-
-    between_taps = autocorrelation(taps[:, None] - taps) + _RIDGE * torch.eye(_TAPS, dtype=torch.float64)
-    return torch.linalg.solve(between_taps, autocorrelation(taps[:, None] - points)).T.float()
+    between_taps = autocorrelation[(taps[:, None] - taps).abs() * factor]
+    between_taps += _RIDGE * torch.eye(_TAPS, dtype=torch.float64)
+    points = torch.arange(-last, last + 1)
+    to_points = autocorrelation[(taps[:, None] * factor - points * oversampling).abs()]
+    return torch.linalg.solve(between_taps, to_points).T.float()
 
 
 def upsample(

@@ -1,0 +1,1 @@
+"""Comparisons with other programs, each in an environment of its own."""
