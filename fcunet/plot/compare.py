@@ -72,6 +72,7 @@ def truth(
     known = group_of(results, "truth") if known is None else known
     need(data, components, "truth")
     need(known, components, "truth")
+    data, known = xr.align(data, known, join="inner")
     line = is_line(data[components[0]])
     width, height = panel_size(data[components[0]], 2.3)
     columns = 1 if line else 4

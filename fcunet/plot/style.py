@@ -24,7 +24,7 @@ LABELS = {
 ORANGE, BLUE, GREEN, PINK, SKY, RED = "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 FRAME_COLOURS = (ORANGE, SKY, GREEN, PINK, BLUE, RED)
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -51,7 +51,7 @@ class Figure(_MatplotlibFigure):
 def to_png(figure: _MatplotlibFigure, dpi: float = 130) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
@@ -63,7 +63,7 @@ def new_figure(width: float, height: float) -> Figure:
 def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             return function(*args, **kwargs)
 
     return wrapper
