@@ -158,6 +158,7 @@ def run(
         peaks_end = time.perf_counter()
         tree = analyse(plan.out, config, say, device=facts.get("device"))
         plan.seconds["analyse"] = time.perf_counter() - peaks_end
+        _write_summary(plan, facts)  # the report reads it
         report_start = time.perf_counter()
         report = _write_report(plan.out)
         plan.seconds["report"] = time.perf_counter() - report_start
@@ -380,7 +381,7 @@ def _find_all_peaks(plan: _Run, client: Client | None, say: "Speaker", progress:
         create_patterns(
             plan.peaks, plan.grid.n_blocks, (plan.datacube.sizes["qy"], plan.datacube.sizes["qx"])
         )
-        with draining() as stop, _client(plan.config, client) as connected:
+        with draining() as stop, _client(plan.config, plan.out, client) as connected:
             facts |= _run_blocks(plan, connected, todo, status, total, done_before, say, progress, stop)
     plan.seconds["peaks"] = time.perf_counter() - started
     status = read_status(plan.peaks)
@@ -516,7 +517,7 @@ def _axis(datacube: xr.Dataset, dim: str) -> dict[str, Any]:
     }
 
 
-def _client(config: Config, client: Client | None) -> AbstractContextManager[Client]:
+def _client(config: Config, out: Path, client: Client | None) -> AbstractContextManager[Client]:
     if client is not None:
         return nullcontext(client)
     where = config.cluster
@@ -525,6 +526,7 @@ def _client(config: Config, client: Client | None) -> AbstractContextManager[Cli
         where.workers,
         device=config.detection.device,
         dashboard_address=where.dashboard_address,
+        log_directory=out / "jobs",
     )
 
 
