@@ -98,9 +98,9 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")
     ] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()  # a level of its own: a run keeps the finer lines in its log
+    handler.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=handler.level, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     _state["verbose"] = verbose
 
 
