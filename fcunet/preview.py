@@ -241,7 +241,7 @@ def _suggestion(
     detection = config.detection
     on = int(found.on.sum())
     total = int(np.isfinite(found.qy).sum())
-    if detection.method != "correlation" or found.lattice is None or on >= 0.7 * total:
+    if detection.method != "correlation" or total < 5 * len(found.qy) or on >= 0.7 * total:
         return None
     options: list[tuple[int, DetectionConfig, float]] = []
     for kernel in dict.fromkeys((detection.kernel, "gaussian")):
@@ -250,17 +250,21 @@ def _suggestion(
         if kernel != detection.kernel:
             changed = config.model_copy(update={"detection": detection.model_copy(update={"kernel": kernel})})
             tried = _detect(patterns, at, measured, changed)
-            if tried.lattice is None:
-                continue
+        if tried.lattice is None:
+            continue
         cut, n_on, n_off = _best_cut(tried)
         options.append((n_on - n_off, changed.detection, cut))
+    if not options:
+        return None
     score, chosen, cut = max(options, key=lambda o: o[0])
-    if score <= on - (total - on) or cut <= 0:
+    if found.lattice is not None and score <= 2 * on - total:
         return None
     text = f"fcunet preview {store} --method correlation"
     if chosen.kernel != detection.kernel:
         text += f" --kernel {chosen.kernel}"
-    return f"{text} --min-relative-intensity {float(f'{cut:.2g}'):g}"
+    if cut > detection.min_relative_intensity:
+        text += f" --min-relative-intensity {float(f'{cut:.2g}'):g}"
+    return text
 
 
 def _lines(
@@ -304,7 +308,7 @@ def _lines(
         )
     lines += [f"  note      {text}" for text in measured.warnings]
     if facts["suggestion"]:
-        lines.append(f"  note      many peaks lie between the disks; try: {facts['suggestion']}")
+        lines.append(f"  note      many peaks are no disks; try: {facts['suggestion']}")
     return lines
 
 
@@ -392,4 +396,4 @@ def _draw_positions(ax: Any, scan: tuple[int, int], at: NDArray, bf: Array, n_sh
     ax.locator_params(integer=True, nbins=4)
     ax.set_xlabel("scan_x")
     ax.set_ylabel("scan_y")
-    ax.set_title("positions, bright field", fontsize=9)
+    ax.set_title("positions,\nbright field", fontsize=9)

@@ -293,7 +293,7 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     faults = np.argwhere(measured.bad_pixels) if measured.n_hot + measured.n_dead <= 500 else np.empty((0, 2))
     if measured.n_masked == 0 and len(faults):
         axes[0].plot(faults[:, 1], faults[:, 0], "x", color=SKY, ms=4, mew=0.8)
-    axes[0].set_title(f"mean pattern, centre ({cy:.1f}, {cx:.1f}) px", fontsize=9)
+    axes[0].set_title(f"mean pattern,\ncentre ({cy:.1f}, {cx:.1f}) px", fontsize=9)
     probe = np.asarray(measured.probe, dtype=float)
     total = probe.sum()
     y, x = np.arange(probe.shape[0]), np.arange(probe.shape[1])
@@ -305,7 +305,7 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     axes[1].add_patch(Circle((px, py), radius, fc="none", ec=ORANGE, lw=1.2))
     axes[1].set_xlim(px - reach, px + reach)
     axes[1].set_ylim(py + reach, py - reach)
-    axes[1].set_title(f"probe ({measured.probe_source}), radius {radius:.2f} px", fontsize=9)
+    axes[1].set_title(f"probe ({measured.probe_source}),\nradius {radius:.2f} px", fontsize=9)
     r = np.hypot(y[:, None] - py, x[None] - px)
     bins = np.arange(0, reach, 0.5)
     index = np.digitize(r.ravel(), bins) - 1
@@ -318,7 +318,7 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     axes[2].axvspan(
         radius - measured.edge_sigma_px, radius + measured.edge_sigma_px, color=ORANGE, alpha=0.2, lw=0
     )
-    axes[2].set_xlabel("distance from the middle of the probe (px)")
+    axes[2].set_xlabel("distance from the middle (px)")
     axes[2].set_ylabel("intensity")
     axes[2].set_xlim(0, reach)
-    axes[2].set_title(f"edge, standard deviation {measured.edge_sigma_px:.2f} px", fontsize=9)
+    axes[2].set_title(f"edge,\nstandard deviation {measured.edge_sigma_px:.2f} px", fontsize=9)
