@@ -142,11 +142,20 @@ def demo(
     dose: Annotated[float, typer.Option(help="electrons per pattern")] = 1e5,
     workers: Annotated[int | None, typer.Option(help="worker processes")] = None,
     seed: Annotated[int, typer.Option(help="seed of the simulation")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="find the peaks again")] = False,
 ) -> None:
     """Simulate a multilayer, map its strain, compare with the truth."""
     from .demo import run_demo
 
-    run_demo(out, scan=_pair(scan, "scan"), detector=detector, dose=dose, workers=workers, seed=seed)
+    run_demo(
+        out,
+        scan=_pair(scan, "scan"),
+        detector=detector,
+        dose=dose,
+        workers=workers,
+        seed=seed,
+        restart=restart,
+    )
 
 
 @app.command()

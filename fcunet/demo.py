@@ -21,11 +21,13 @@ def run_demo(
     dose: float = 1e5,
     workers: int | None = None,
     seed: int = 0,
+    restart: bool = False,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Simulate a scan, map its strain with both detectors, print their errors, draw both beside the truth.
 
     Everything is written below `out`: ``scan.zarr``, one run directory per detector with its report, and
-    ``demo.png``. A demo that was interrupted, or is called again, continues with what is there.
+    ``demo.png``. A demo that was interrupted, or is called again, continues with what is there, unless
+    `restart`.
 
     Returns
     -------
@@ -71,7 +73,7 @@ def run_demo(
         config = Config.load(
             store=store, out=out / method, method=method, reference=reference, workers=workers
         )
-        results[method] = run(config)
+        results[method] = run(config, restart=restart)
     errors = {m: compare_with_truth(tree["strain"].to_dataset(), known) for m, tree in results.items()}
     typer.echo("\nstrain error against the truth, rms x 1e-3 (bias)")
     typer.echo("             " + "".join(f"{c:>16}" for c in STRAIN_COMPONENTS))
