@@ -19,7 +19,10 @@ from typing import Any
 import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, WorkerPlugin
+from distributed.core import Status
 from distributed.system import MEMORY_LIMIT
+
+from .slurm import read_profile, slurm_client, watch_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class WorkerSetup(WorkerPlugin):
         if self.ignore_interrupt:
             # Ctrl-C in a terminal reaches the whole process group; the driver alone decides what to finish
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # the scheduler goes with the driver, and what workers say of that is noise
+            logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
         logging.getLogger("fcunet").setLevel(logging.INFO)
         import zarr
 
@@ -110,6 +115,7 @@ def connect(
     *,
     device: str = "auto",
     dashboard_address: str = "127.0.0.1:8787",
+    log_directory: str | Path | None = None,
 ) -> Iterator[Client]:
     """A Dask client for the duration of a ``with`` block.
 
@@ -127,6 +133,9 @@ def connect(
         ``HOST:PORT`` of the dashboard. If the port is taken another one is used; ``client.dashboard_link``
         knows.
 
+    log_directory : path, optional
+        Where the logs of batch jobs go, unless the profile says; every node must see it.
+
     Yields
     ------
     distributed.Client
@@ -135,6 +144,8 @@ def connect(
     ------
     ValueError
         If `cluster` is none of these, or a profile has a wrong key.
+    ClusterError
+        If SLURM would refuse the jobs.
     TimeoutError
         If no scheduler answers at the address.
     """
@@ -146,7 +157,7 @@ def connect(
             elif cluster.partition("://")[0] in ("tcp", "tls", "ucx"):
                 yield from _existing(cluster)
             elif Path(cluster).suffix in (".yaml", ".yml"):
-                raise NotImplementedError
+                yield from _profile(Path(cluster), workers, device, dashboard_address, scratch, log_directory)
             else:
                 raise ValueError(
                     f"cluster {cluster!r} is not known; use 'local', the address of a scheduler "
@@ -161,11 +172,12 @@ def _local(workers: int | None, device: str, dashboard_address: str, scratch: Pa
     if gpus:
         count, threads = workers or gpus, _GPU_THREADS
     else:
-        count = workers or max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / _WORKER_BYTES)))
-        threads = 1
+        fits = max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / _WORKER_BYTES)))
+        count = workers or fits
+        threads = max(1, fits // count)  # of few workers each does several blocks at once
     numeric = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
-    environment |= dict.fromkeys(numeric, 1 if gpus else max(1, CPU_COUNT // count))
+    environment |= dict.fromkeys(numeric, 1)
     before = {name: os.environ.get(name) for name in environment}
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment}),
@@ -182,7 +194,10 @@ def _local(workers: int | None, device: str, dashboard_address: str, scratch: Pa
         for name, value in before.items():  # the nannies live in this process, and set them here too
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         client.register_plugin(WorkerSetup(pin_devices=gpus > 0, expect_gpu=gpus > 0, ignore_interrupt=True))
-        yield client
+        try:
+            yield client
+        finally:
+            logging.getLogger("distributed.nanny").setLevel(logging.ERROR)  # a slow end is no news
 
 
 def _existing(address: str) -> Iterator[Client]:
@@ -198,9 +213,48 @@ def _existing(address: str) -> Iterator[Client]:
         yield client
 
 
+def _profile(
+    path: Path,
+    workers: int | None,
+    device: str,
+    dashboard_address: str,
+    scratch: Path,
+    log_directory: str | Path | None,
+) -> Iterator[Client]:
+    profile = read_profile(path)
+    with dask.config.set(profile.dask):
+        if profile.settings.cluster == "local":
+            yield from _local(workers or profile.settings.workers, device, dashboard_address, scratch)
+            return
+        address = free_address(dashboard_address)
+        with slurm_client(profile, workers, dashboard_address=address, log_directory=log_directory) as client:
+            gpus = profile.settings.gpus
+            client.register_plugin(WorkerSetup(pin_devices=gpus > 1, expect_gpu=gpus > 0 and device != "cpu"))
+            yield client
+
+
 def report_health(client: Client, workers: int) -> str:
-    """One line on what a run is waiting for; empty when all is well. Called once per second by the driver."""
+    """One line on what a run is waiting for; empty when all is well. Called once per second by the driver.
+
+    Raises
+    ------
+    ClusterError
+        When jobs end or hang before their workers have registered, and no worker is left.
+    """
+    watch = watch_of(client)
+    if watch is not None:
+        return watch.look(workers)
+    if isinstance(client.cluster, LocalCluster):
+        _revive(client.cluster)
     return "" if workers else "waiting for workers"
+
+
+def _revive(cluster: LocalCluster) -> None:
+    """Start workers that died while they were starting: their nannies would leave it at that."""
+    for nanny in list(cluster.workers.values()):
+        process = getattr(nanny, "process", None)
+        if process is not None and (nanny.status, process.status) == (Status.running, Status.stopped):
+            cluster.loop.add_callback(nanny.instantiate)  # does nothing where it is under way already
 
 
 def free_address(address: str) -> str:
