@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -35,9 +36,9 @@ _CPU_BATCH_PIXELS = 2**20  # 16 patterns of 256 x 256: the intermediate images o
 # correlation
 _BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128}
 
-# One thread at a time on the device, while the others read and decompress: two would only add memory.
+# One thread at a time on a GPU, while the others read and decompress: two would only add memory.
 _DEVICE_PERMIT = threading.Semaphore(1)
-_LOAD_LOCK = threading.Lock()
+_BUILD_LOCK = threading.Lock()
 _DETECTORS: "OrderedDict[tuple[str, ...], Detector]" = OrderedDict()
 _BATCH_LIMIT: dict[tuple[str, ...], int] = {}
 
@@ -150,8 +151,7 @@ def build_detector(
     from .nn.decode import decode
     from .nn.weights import load_model
 
-    with _LOAD_LOCK:
-        model = load_model(config.weights, device=device, precision=config.precision)
+    model = load_model(config.weights, device=device, precision=config.precision)
     if weights_sha256 is not None and model.info.sha256 != weights_sha256:
         raise ValueError(
             f"weights {config.weights!r} have SHA-256 {model.info.sha256[:12]} here, but the run was started "
@@ -226,7 +226,7 @@ def process_block(
     )
     centres = centres.reshape(-1, 2)
     key = _detector_key(config, calibration, device, weights_sha256)
-    with _DEVICE_PERMIT, torch.inference_mode():
+    with _DEVICE_PERMIT if device.type == "cuda" else nullcontext(), torch.inference_mode():
         detector = _cached_detector(key, config, calibration, device, weights_sha256)
         out = _in_batches(patterns, centres, detector, config, calibration, device, key)
     return {k: v if k in ("sum", "maximum") else v.reshape(by, bx, *v.shape[1:]) for k, v in out.items()}
@@ -439,12 +439,13 @@ def _cached_detector(
     device: torch.device,
     sha256: str | None,
 ) -> Detector:
-    """The detector for `key`, built once per process; called with the device permit held."""
-    if key not in _DETECTORS:
-        while len(_DETECTORS) >= 4:  # a notebook that tries parameters must not fill the device
-            _DETECTORS.popitem(last=False)
-        _DETECTORS[key] = build_detector(config, calibration, device, weights_sha256=sha256)
-    return _DETECTORS[key]
+    """The detector for `key`, built once per process."""
+    with _BUILD_LOCK:
+        if key not in _DETECTORS:
+            while len(_DETECTORS) >= 4:  # a notebook that tries parameters must not fill the device
+                _DETECTORS.popitem(last=False)
+            _DETECTORS[key] = build_detector(config, calibration, device, weights_sha256=sha256)
+        return _DETECTORS[key]
 
 
 def weighted_sums(chunk: np.ndarray, *, weights: np.ndarray) -> np.ndarray:

@@ -98,8 +98,12 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         Numbers for the progress: patterns, peaks, seconds per stage, peak memory in bytes, and a thumbnail of
         the bright field, at most 8 x 8.
     """
+    import torch
+
     from .blocks import device_name, process_block
 
+    # several torch threads add up in another order: the bytes would depend on the cores of the machine
+    torch.set_num_threads(1)
     start = time.perf_counter()
     grid = block_grid(job.peaks)
     ys, xs = scan_slices(grid, job.origin, iy, ix)
