@@ -141,23 +141,22 @@ def _sorted_candidates(
     centre = frame[:, 1:-1, 1:-1]
     highest = torch.maximum(frame[:, :, :-2], frame[:, :, 2:])
     highest = torch.maximum(highest, frame[:, :, 1:-1])
-    highest = torch.maximum(
-        torch.maximum(highest[:, :-2], highest[:, 2:]), highest[:, 1:-1]
-    )  # of 3 x 3, NaN wins
-    candidate = (centre == highest) & (centre > frame[:, 1:-1, :-2])
+    highest = torch.maximum(torch.maximum(highest[:, :-2], highest[:, 2:]), highest[:, 1:-1])
 
-    # The highest pixel of the region is nearly always a maximum, and then all others are measured against it:
-    # most candidates go at once. Where it turns out not to be one, this is done again without the short cut.
-    floor = min_absolute if min_absolute > 0 else -torch.inf
+    # Nothing as low as the lowest pixel is a maximum, which rules out flat ground. The highest pixel of the
+    # region is nearly always one, and then all others are measured against it: most candidates go at once.
+    # Where it turns out not to be one, this is done again without the short cut.
+    ground = torch.nextafter(frame.amin((1, 2)), image.new_tensor(torch.inf)).nan_to_num(nan=-torch.inf)
+    floor = ground.clamp(min=min_absolute) if min_absolute > 0 else ground
     top = centre.amax((1, 2))
     relative = min_relative * (1 - 1e-6) if relative_to_peak == 0 else 0.0
-    bound = torch.where((top > 0) & (relative > 0), top * relative, -torch.inf).clamp(min=floor)
-    which, y, x, value = _genuine(image, candidate & (centre >= bound[:, None, None]), edge)
-    highest = torch.full_like(top, -torch.inf).scatter_reduce_(0, which, value, "amax")
-    wrong = (highest < top) & (bound > floor)
+    bound = torch.where((top > 0) & (relative > 0), top * relative, floor).maximum(floor)
+    which, y, x, value = _genuine(image, centre, highest, bound, edge)
+    best = torch.full_like(top, -torch.inf).scatter_reduce_(0, which, value, "amax")
+    wrong = (best < top) & (bound > floor)
     if wrong.any():
         bound = torch.where(wrong, floor, bound)
-        which, y, x, value = _genuine(image, candidate & (centre >= bound[:, None, None]), edge)
+        which, y, x, value = _genuine(image, centre, highest, bound, edge)
 
     count = torch.bincount(which, minlength=n)
     slots = max(int(count.max()), 1)
@@ -172,13 +171,18 @@ def _sorted_candidates(
     return place // width, place % width, heights
 
 
-def _genuine(image: Tensor, candidate: Tensor, edge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Candidates that are higher than all four neighbours before them: image, row, column, height."""
-    which, y, x = candidate.nonzero(as_tuple=True)
+def _genuine(
+    image: Tensor, centre: Tensor, highest: Tensor, bound: Tensor, edge: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels equal to the highest around them, not below `bound`, above the four neighbours before them.
+
+    Returns image, row, column, height.
+    """
+    which, y, x = (centre == torch.maximum(highest, bound[:, None, None])).nonzero(as_tuple=True)
     y, x = y + edge, x + edge
     value = image[which, y, x]
     above = value > image[which, y - 1, x]
-    for dy in (-1, 1):
+    for dy in (-1, 0, 1):
         above &= value > image[which, y + dy, x - 1]
     return which[above], y[above], x[above], value[above]
 
