@@ -254,6 +254,7 @@ def _revive(cluster: LocalCluster) -> None:
     for nanny in list(cluster.workers.values()):
         process = getattr(nanny, "process", None)
         if process is not None and (nanny.status, process.status) == (Status.running, Status.stopped):
+            assert cluster.loop is not None
             cluster.loop.add_callback(nanny.instantiate)  # does nothing where it is under way already
 
 

@@ -212,7 +212,9 @@ def build_cluster(
     )
     if profile.settings.tls:
         arguments["security"] = Security.temporary()
+        # the workers read their certificates there; the files are readable by this user alone
         arguments.setdefault("shared_temp_directory", arguments["log_directory"])
+        Path(arguments["shared_temp_directory"]).mkdir(parents=True, exist_ok=True)
     arguments.setdefault("job_extra_directives", [f"--gres=gpu:{gpus}"] if gpus else [])
     if "--no-requeue" not in arguments["job_extra_directives"]:  # lost jobs are submitted anew from here
         arguments["job_extra_directives"] = [*arguments["job_extra_directives"], "--no-requeue"]
