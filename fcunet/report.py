@@ -364,7 +364,8 @@ def _input(run: _Run) -> Iterable[str]:
     for dim in schema.SCAN_DIMS:
         if dim in strain.coords and strain.sizes[dim] > 1:
             step = float(strain[dim][1] - strain[dim][0])
-            steps[dim] = f"{step:g} {strain[dim].attrs.get('units', schema.UNIT_PIXEL)}"
+            unit = strain[dim].attrs.get("units", schema.UNIT_PIXEL)
+            steps[dim] = "not calibrated" if unit == schema.UNIT_PIXEL else f"{step:g} {unit}"
     detector = run.calibration.bad_pixels.shape if run.calibration else None
     region = run.attrs.get("region")
     known = {

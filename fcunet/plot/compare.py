@@ -106,12 +106,11 @@ def truth(
                     label=unit,
                     bar=number == 0 and name == "truth",
                 )
-                ax.set_title(f"{LABELS[component]} {name}")
+                ax.set_title(f"{LABELS[component]} {name}", loc="left")
             values = difference.values / factor
             if np.isfinite(values).any():
-                row[2].set_title(
-                    f"difference, rms {1e3 * math.sqrt(np.nanmean(values**2)):.2f}" + r"$\times10^{-3}$"
-                )
+                rms = 1e3 * math.sqrt(np.nanmean(values**2))
+                row[2].set_title(rf"difference, rms {rms:.2f}$\times10^{{-3}}$", loc="left")
         _profile(row[-1], exact, measured, std, unit, legend=number == 0)
         if line:
             row[-1].set_title(LABELS[component], loc="left")

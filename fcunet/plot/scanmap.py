@@ -55,7 +55,7 @@ def scale_bar(ax: Axes, unit: str) -> None:
     ax.add_patch(
         Rectangle((left, bottom), math.copysign(length, x1 - x0), thick, fc="white", ec="black", lw=0.6)
     )
-    name = "positions" if unit == schema.UNIT_PIXEL else unit
+    name = unit if unit != schema.UNIT_PIXEL else "position" if length == 1 else "positions"
     ax.text(
         left,
         bottom + 1.6 * thick,
@@ -118,7 +118,7 @@ def draw_map(
     if colour_bar:  # beside the map and as high, whatever the layout does to the map
         side = ax.inset_axes((1.02, 0.0, 0.035 * max(1.0, _aspect(array)), 1.0))
         drawn = ax.figure.colorbar(image, cax=side)
-        drawn.set_label(label)
+        side.set_title(label, fontsize=8, loc="left")
         drawn.outline.set_linewidth(0.5)  # type: ignore[operator]
 
 

@@ -42,7 +42,12 @@ Array = NDArray[np.float64]
 
 
 class Figure(_MatplotlibFigure):
-    """A figure outside pyplot that notebooks show by themselves."""
+    """A figure outside pyplot that notebooks show by themselves, and that is saved with nothing cut off."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """As in matplotlib, with ``bbox_inches="tight"`` unless told otherwise."""
+        whole: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.06}
+        super().savefig(fname, **(whole | options))
 
     def _repr_png_(self) -> bytes:
         return to_png(self)
