@@ -159,6 +159,7 @@ def _patterns(
 def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Config) -> _Found:
     """Peaks as a run would find them, and the lattice as it would fit it."""
     origin = measured.origin[at[:, 0], at[:, 1]][None]
+    process_block(patterns[None, :1], config.detection, measured, origin=origin[:, :1])  # loads the weights
     start = time.perf_counter()
     values = process_block(patterns[None], config.detection, measured, origin=origin)
     seconds = time.perf_counter() - start
@@ -299,7 +300,7 @@ def _lines(
     rate = facts["patterns_per_s"]
     lines.append(
         f"  detect    {method}: {min(peaks)} to {max(peaks)} peaks in {len(peaks)} patterns | "
-        f"{rate:.0f} patterns/s in this process, the scan in about {_duration(ny * nx / rate)}"
+        f"{rate:.3g} patterns/s in this process, the scan in about {_duration(ny * nx / rate)}"
     )
     if facts["n_truncated"]:
         lines.append(
