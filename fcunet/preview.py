@@ -20,6 +20,7 @@ from .config import Config, DetectionConfig
 from .kernels.beam import aligned_mean
 from .pipeline import fit_lattice
 from .sample import Sample, read_sample
+from .session import write_bytes
 from .store import open_datacube
 
 N_DETECTED = 24  # patterns in which disks are looked for, those shown among them
@@ -116,7 +117,7 @@ def preview(
 
         figure = _draw(sample, measured, patterns, at, found, n_shown, datacube)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_bytes(to_png(figure))
+        write_bytes(Path(out), to_png(figure))
         facts["figure"] = str(out)
     return facts
 

@@ -20,7 +20,7 @@ from .config import Config
 from .pipeline import compare_with_truth
 from .preview import preview
 from .schema import STRAIN_COMPONENTS
-from .session import write_text
+from .session import write_bytes, write_text
 from .store import open_datacube, open_peaks, open_results
 from .tiles import load_calibration
 
@@ -185,7 +185,7 @@ def _picture(run: _Run, name: str, caption: str, draw: Callable[[], Any]) -> str
     except (ValueError, KeyError) as err:
         logger.warning("no figure %s: %s", name, err)
         return _paragraph(f"{caption}: not drawn ({err})", "small")
-    (run.folder / f"{name}.png").write_bytes(png)
+    write_bytes(run.folder / f"{name}.png", png)
     code = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{code}">'

@@ -12,8 +12,9 @@ import numpy as np
 import xarray as xr
 
 from . import schema
-from .config import Config
+from .config import Config, StrainConfig
 from .datacube import coordinate
+from .kernels.lattice import NoLatticeError
 from .pipeline import bragg_vector_map, compute_strain, fit_lattice
 from .provenance import provenance
 from .store import open_peaks, open_results, write_results
@@ -49,8 +50,13 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     with dask.config.set(
         scheduler="threads"
     ):  # the cluster is for patterns: peaks are few, and it may be gone
-        lattice = fit_lattice(peaks, **config.lattice.model_dump()).compute()
-        strain = compute_strain(lattice, **config.strain.model_dump()).compute()
+        settings = config.strain
+        try:
+            lattice = fit_lattice(peaks, **config.lattice.model_dump()).compute()
+        except NoLatticeError as err:
+            logger.warning("no strain: %s", err)
+            lattice, settings = _no_lattice(peaks), _UNIT_REFERENCE
+        strain = compute_strain(lattice, **settings.model_dump()).compute()
         vector_map = bragg_vector_map(peaks).compute()
         virtual = peaks[[*schema.VIRTUAL, "n_peaks", "truncated"]].compute()
     lattice, strain = lattice.assign(F=strain["F"]), strain.drop_vars("F")
@@ -101,6 +107,15 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     if share < 50:
         logger.warning("only %.0f %% of the positions have a lattice; look at: fcunet preview STORE", share)
     return open_results(out)
+
+
+_UNIT_REFERENCE = StrainConfig(reference=((1.0, 0.0), (0.0, 1.0)))  # of nothing: every strain is NaN
+
+
+def _no_lattice(peaks: xr.Dataset) -> xr.Dataset:
+    """A lattice dataset without any lattice: NaN everywhere, because no pattern can have enough peaks."""
+    nothing = peaks.assign({name: xr.full_like(peaks[name], np.nan) for name in ("peak_qy", "peak_qx")})
+    return fit_lattice(nothing, basis=_UNIT_REFERENCE.reference, origin=(0.0, 0.0)).compute()
 
 
 def public_settings(config: Config) -> dict[str, Any]:

@@ -86,6 +86,14 @@ def draining() -> Iterator[threading.Event]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it appears complete or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it appears complete or not at all."""
     draft = path.with_name(f"{path.name}.partial.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

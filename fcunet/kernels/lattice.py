@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHTINGS",
     "Basis",
     "LatticeFit",
+    "NoLatticeError",
     "Weighting",
     "find_basis",
     "fit_lattice",
@@ -53,6 +54,10 @@ class Basis(NamedTuple):
 
     origin: Array  # (2,) px, (y, x) of the direct beam
     g: Array  # (2, 2) px, rows g1, g2
+
+
+class NoLatticeError(ValueError):
+    """The peaks of a scan show no lattice."""
 
 
 def find_basis(
@@ -108,7 +113,7 @@ def find_basis(
     valid = np.isfinite(fit.fit_error)
     indexed, present = int(fit.n_indexed.sum()), int(np.isfinite(y).sum())
     if indexed < _MIN_SHARE * present:
-        raise ValueError(
+        raise NoLatticeError(
             f"no lattice describes these peaks: the best, {np.round(g, 1).tolist()} px, holds {indexed} "
             f"of {present}; raise the detection threshold, choose a region with one crystal, or give the "
             "vectors: basis=((g1_y, g1_x), (g2_y, g2_x))"
@@ -185,7 +190,7 @@ def _sample(qy: Array, qx: Array, intensity: ArrayLike | None) -> tuple[Array, A
         raise ValueError(f"intensity has shape {strength.shape}, the positions {qy.shape}")
     usable = np.flatnonzero(present.reshape(-1, n_slots).sum(1) >= 3)
     if not len(usable):
-        raise ValueError(
+        raise NoLatticeError(
             f"none of the {present[..., 0].size} patterns has three peaks, so there is no lattice to find; "
             "lower the detection threshold (min_relative_intensity, or threshold of the network)"
         )
@@ -203,7 +208,7 @@ def _neighbour_distance(y: Array, x: Array) -> float:
     nearest = np.min(np.where(np.isfinite(squared), squared, np.inf), axis=2)
     spacing = float(np.sqrt(np.median(nearest[np.isfinite(nearest)])))
     if spacing < 1e-3:
-        raise ValueError(
+        raise NoLatticeError(
             "the peaks lie on top of each other; set min_peak_spacing to about the disk diameter"
         )
     return spacing
@@ -268,7 +273,7 @@ def _consensus(vectors: Array, votes: Array, spacing: float) -> Array:
             chance = np.pi * tolerance**2 / max(area, 1e-9)
             found.append((float((votes * ((distance <= tolerance) - chance)).sum()), float(area), g))
     if not found:
-        raise ValueError(
+        raise NoLatticeError(
             "the peaks do not span a plane: all patterns show one row of reflections or too few; lower the "
             "detection threshold, or give the vectors: basis=((g1_y, g1_x), (g2_y, g2_x))"
         )
