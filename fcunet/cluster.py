@@ -22,7 +22,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.core import Status
 from distributed.system import MEMORY_LIMIT
 
-from .slurm import read_profile, slurm_client, watch_of
+from .slurm import build_cluster, read_profile, slurm_client, watch_of
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,16 @@ def connect(
                 )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def job_script(profile: str | Path, log_directory: str | Path) -> str:
+    """The job script that a profile makes SLURM run for each job; nothing is submitted or written."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = build_cluster(read_profile(profile), log_directory=folder)
+        try:
+            return cluster.job_script().replace(folder, str(Path(log_directory).resolve()))
+        finally:
+            cluster.close()
 
 
 def _local(workers: int | None, device: str, dashboard_address: str, scratch: Path) -> Iterator[Client]:

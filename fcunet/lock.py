@@ -99,6 +99,9 @@ class RunLock:
         if holder["host"] == socket.gethostname():
             start = _process_start(holder["pid"])
             return start is not None and start == holder["process_start"]
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and job == holder.get("slurm_job_id") and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            return False  # this very job, before SLURM took it back into the queue
         try:
             return self._file_system_now() - self.path.stat().st_mtime < STALE_S
         except FileNotFoundError:

@@ -34,7 +34,7 @@ from distributed import Client
 from . import __version__, schema
 from .calibrate import calibrate
 from .calibration import Calibration
-from .cluster import connect, report_health
+from .cluster import connect, job_script, report_health
 from .config import Config
 from .dashboard import RunPageFeed
 from .datacube import DamagedBlockError
@@ -45,6 +45,7 @@ from .progress import Progress, duration
 from .provenance import provenance
 from .results import analyse, public_settings
 from .session import Speaker, draining, log_to, write_text
+from .slurm import read_profile
 from .store import (
     block_grid,
     create_peaks,
@@ -186,6 +187,9 @@ def plan(config: Config) -> list[str]:
         status = read_status(planned.peaks)
         done = int((status == schema.STATUS_DONE).sum())
         lines.append(f"  resume    {done} of {status.size} blocks are done already")
+    where = planned.config.cluster.cluster
+    if Path(where).suffix in (".yaml", ".yml") and read_profile(where).settings.cluster == "slurm":
+        lines += ["  job       each of the jobs:", *job_script(where, planned.out / "jobs").splitlines()]
     return lines
 
 

@@ -220,7 +220,7 @@ def build_cluster(
         arguments["job_extra_directives"] = [*arguments["job_extra_directives"], "--no-requeue"]
     try:
         return jobqueue.SLURMCluster(**arguments)
-    except ValueError as err:
+    except (ValueError, RuntimeError) as err:
         raise ValueError(f"profile {profile.name}: {err}") from err
 
 

@@ -74,6 +74,16 @@ def test_run_lock__believes_a_holder_elsewhere_while_it_refreshes(tmp_path):
         pass
 
 
+def test_run_lock__takes_over_from_its_own_job_before_it_was_requeued(tmp_path, monkeypatch):
+    other_holder(tmp_path, host="node17", slurm_job_id="4711")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with pytest.raises(RunLockedError), RunLock(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with RunLock(tmp_path):
+        pass
+
+
 def test_run_lock__takes_over_half_a_file(tmp_path):
     (tmp_path / "run.lock").write_text('{"host": "no')
     with RunLock(tmp_path):
