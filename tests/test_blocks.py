@@ -92,6 +92,15 @@ def test_process_block__does_not_depend_on_the_batch_size_for_floats(chunk, cali
     assert_same(a, b, a)
 
 
+def test_process_block__of_the_network_does_not_depend_on_the_cut(chunk, calibration):
+    network = DetectionConfig(device="cpu", max_num_peaks=32)
+    whole = process_block(chunk[:3], network, calibration)
+    part = process_block(chunk[1:3, 3:], network, calibration)
+    names = [n for n in whole if n not in ("sum", "maximum")]
+    assert_same(part, {n: whole[n][1:, 3:] for n in names}, names)
+    assert (part["n_peaks"] > 9).all()
+
+
 def test_process_block__a_pattern_of_nan_is_nan_and_spoils_no_other(chunk, calibration, whole):
     real = chunk.astype(np.float32)
     real[2, 3] = np.nan
