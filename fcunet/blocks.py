@@ -1,9 +1,9 @@
 """What one Dask task does: the patterns of one scan block in, padded peaks and virtual images out.
 
-Plain arrays on both sides. This is the only place that knows about devices and batch sizes. A block goes through
-in batches, the last one padded. No result depends on the block a pattern is in. On a CPU, correlation does not
-depend on the batch size either; convolutions of a network round differently for each (by some 1e-6 px), so all its
-batches have one size.
+Plain arrays on both sides. This is the only place that knows about devices and batch sizes. A block goes
+through in batches, the last one padded. No result depends on the block a pattern is in. On a CPU, correlation
+does not depend on the batch size either; convolutions of a network round differently for each (by some 1e-6
+px), so all its batches have one size.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ VIRTUAL_NAMES = ("bf", "adf", "total", "com_qy", "com_qx")
 
 _NEIGHBOURS = 8  # good pixels that stand in for a bad one
 _MAX_BATCH = {"cpu": 64, "cuda": 512}
-# pixels of a batch on the CPU, fastest of the powers of two for detectors of 64 to 256 px: 8 patterns of 128 x 128
+# pixels of a batch on the CPU, fastest of the powers of two for detectors of 64 to 256 px: 8 patterns of 128
+# x 128
 # for the network (1.5 times as fast as 32), 64 for correlation, which cuts them further itself
 _CPU_BATCH_PIXELS = {"fcunet": 2**17, "correlation": 2**20}
 # device memory per pixel of a pattern, bytes: float32 feature maps of the network, images and spectra of
