@@ -10,8 +10,8 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ _DEVICE_PERMIT = threading.Semaphore(1)
 _BUILD_LOCK = threading.Lock()
 _DETECTORS: "OrderedDict[tuple[str, ...], Detector]" = OrderedDict()
 _BATCH_LIMIT: dict[tuple[str, ...], int] = {}
+_BLOCKS_AT_WORK, _THREADS_BEFORE = 0, 1
 
 
 class BlockCalibration(Protocol):
@@ -230,10 +231,28 @@ def process_block(
     )
     centres = centres.reshape(-1, 2)
     key = _detector_key(config, calibration, device, weights_sha256)
-    with _DEVICE_PERMIT if device.type == "cuda" else nullcontext(), torch.inference_mode():
+    with _DEVICE_PERMIT if device.type == "cuda" else _one_core_each(), torch.inference_mode():
         detector = _cached_detector(key, config, calibration, device, weights_sha256)
         out = _in_batches(patterns, centres, detector, config, calibration, device, key)
     return {k: v if k in ("sum", "maximum") else v.reshape(by, bx, *v.shape[1:]) for k, v in out.items()}
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """One torch thread per block: blocks run side by side, and an FFT shared by threads rounds differently."""
+    global _BLOCKS_AT_WORK, _THREADS_BEFORE
+    with _BUILD_LOCK:
+        if _BLOCKS_AT_WORK == 0:
+            _THREADS_BEFORE = torch.get_num_threads()
+        _BLOCKS_AT_WORK += 1
+    torch.set_num_threads(1)  # in this thread; what others have is theirs
+    try:
+        yield
+    finally:
+        with _BUILD_LOCK:
+            _BLOCKS_AT_WORK -= 1
+            if _BLOCKS_AT_WORK == 0:
+                torch.set_num_threads(_THREADS_BEFORE)
 
 
 def _in_batches(
