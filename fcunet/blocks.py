@@ -239,7 +239,7 @@ def process_block(
 
 @contextmanager
 def _one_core_each() -> Iterator[None]:
-    """One torch thread per block: blocks run side by side, and an FFT shared by threads rounds differently."""
+    """One torch thread per block: blocks run side by side, and shared FFTs round differently."""
     global _BLOCKS_AT_WORK, _THREADS_BEFORE
     with _BUILD_LOCK:
         if _BLOCKS_AT_WORK == 0:

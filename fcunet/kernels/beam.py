@@ -53,9 +53,9 @@ def find_bad_pixels(patterns: NDArray) -> tuple[NDArray[np.bool_], NDArray[np.bo
 
 def aligned_mean(patterns: NDArray, shift: NDArray) -> NDArray[np.float64]:
     """Mean of patterns moved by whole pixels; NaN where none reaches."""
-    total = np.zeros(patterns.shape[1:])
+    total = np.zeros(patterns.shape[-2:])
     count = np.zeros(patterns.shape[1:])
-    ny, nx = total.shape
+    ny, nx = patterns.shape[-2:]
     for pattern, (dy, dx) in zip(patterns, np.rint(shift).astype(int), strict=True):
         to = slice(max(0, dy), min(ny, ny + dy)), slice(max(0, dx), min(nx, nx + dx))
         of = slice(max(0, -dy), min(ny, ny - dy)), slice(max(0, -dx), min(nx, nx - dx))
