@@ -308,7 +308,7 @@ def check_probe(probe: Any, detector: tuple[int, int]) -> NDArray[np.float32]:
     if not (array.max() > 0 and array.sum() > 0):
         raise ValueError(
             "the vacuum probe is zero everywhere; store another one (fcunet convert --probe FILE), "
-            "or drop it and let one be made from the measured radius: --no-probe"
+            "or drop it and let one be made from the measured radius: --no-use-stored-probe"
         )
     return array
 

@@ -258,7 +258,7 @@ def info(
 
 
 @app.command()
-@with_settings("detection", "lattice")
+@with_settings("calibration", "detection", "lattice")
 def preview(
     store: StoreArgument,
     settings: dict[str, Any],
@@ -288,7 +288,7 @@ def _pair_from_zero(text: str) -> tuple[int, int]:
 
 
 @app.command()
-@with_settings("detection", "lattice", "strain", "cluster")
+@with_settings("calibration", "detection", "lattice", "strain", "cluster")
 def run(
     store: StoreArgument,
     settings: dict[str, Any],

@@ -78,6 +78,20 @@ class DetectionConfig(_Section):
         return parse_numbers(value, 2, "kernel_radii") if isinstance(value, str) else value
 
 
+class CalibrationConfig(_Section):
+    """What is known of the probe and the beam; the rest is measured from a sample of the patterns."""
+
+    use_stored_probe: bool = Field(True, description="the vacuum probe of the store, if it has one")
+    probe_radius_px: float | None = Field(None, gt=0, description="radius of a Bragg disk, px")
+    edge_sigma_px: float | None = Field(None, gt=0, description="blur of the edge of a disk, px")
+    centre: tuple[float, float] | None = Field(None, description="Y,X of the direct beam, px")
+
+    @field_validator("centre", mode="before")
+    @classmethod
+    def _parse_centre(cls, value: Any) -> Any:
+        return parse_numbers(value, 2, "centre") if isinstance(value, str) else value
+
+
 class LatticeConfig(_Section):
     """How a lattice is fitted to the peaks of one position."""
 
@@ -143,6 +157,7 @@ class Config(BaseSettings):
     store: Path | None = Field(None, description="datacube, NAME.zarr")
     out: Path | None = Field(None, description="run directory; None = runs/NAME")
     region: Region | None = Field(None, description="Y0:Y1,X0:X1, the part of the scan to process")
+    calibration: CalibrationConfig = CalibrationConfig()
     detection: DetectionConfig = DetectionConfig()
     lattice: LatticeConfig = LatticeConfig()
     strain: StrainConfig = StrainConfig()
@@ -202,13 +217,17 @@ class Config(BaseSettings):
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
 
     def science_hash(self) -> str:
-        """SHA-256 of what changes the peaks: `region`, and `detection` without device and batch."""
+        """SHA-256 of what changes the peaks: region, calibration, and detection but for device and batch."""
         detection = self.detection.model_dump(mode="json", exclude={"device", "batch"})
-        text = json.dumps({"region": self.region, "detection": detection}, sort_keys=True)
+        given = self.calibration.model_dump(mode="json")
+        text = json.dumps(
+            {"region": self.region, "calibration": given, "detection": detection}, sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 SECTIONS: dict[str, type[_Section]] = {
+    "calibration": CalibrationConfig,
     "detection": DetectionConfig,
     "lattice": LatticeConfig,
     "strain": StrainConfig,

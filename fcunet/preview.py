@@ -104,7 +104,7 @@ def preview(
     schema.check_datacube(datacube)
     shown = _checked_positions(datacube, positions, n)
     sample = read_sample(datacube)
-    measured = calibrate(datacube, sample=sample)
+    measured = calibrate(datacube, sample=sample, **config.calibration.model_dump())
     patterns, at = _patterns(datacube, sample, shown, n)
     n_shown = len(shown) if shown is not None else min(n, len(at))
     found = _detect(patterns, at, measured, config)

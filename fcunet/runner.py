@@ -310,7 +310,7 @@ def _prepare(plan: _Run) -> Calibration:
         _check_identity(plan)
     else:
         started = time.perf_counter()
-        calibration = _measure(plan.datacube)
+        calibration = _measure(plan)
         plan.seconds["calibrate"] = time.perf_counter() - started
         network = _uses_network(plan.config)
         facts = {
@@ -342,15 +342,15 @@ def _prepare(plan: _Run) -> Calibration:
         )
         save_calibration(plan.peaks, calibration)
     if not (plan.peaks / "calibration").exists():  # killed between the two
-        save_calibration(plan.peaks, _measure(plan.datacube))
+        save_calibration(plan.peaks, _measure(plan))
     if not (plan.peaks / "truth").exists() and (truth := open_truth(plan.store)) is not None:
         _save_truth(plan, truth)
     return load_calibration(plan.peaks)
 
 
-def _measure(datacube: xr.Dataset) -> Calibration:
+def _measure(plan: _Run) -> Calibration:
     with dask.config.set(scheduler="threads"):  # a few patterns: not worth a cluster
-        return calibrate(datacube)
+        return calibrate(plan.datacube, **plan.config.calibration.model_dump())
 
 
 def _check_identity(plan: _Run) -> None:

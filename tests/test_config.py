@@ -66,3 +66,11 @@ def test_parse_region__refuses(text):
 
 def test_parse_vectors__is_row_then_column():
     assert parse_vectors("30,1,-1,50") == ((30, 1), (-1, 50))
+
+
+def test_science_hash__changes_with_a_given_radius():
+    assert Config.load(probe_radius_px=5.0).science_hash() != Config.load().science_hash()
+
+
+def test_centre__is_row_then_column():
+    assert Config.load(centre="130.2,138.3").calibration.centre == (130.2, 138.3)

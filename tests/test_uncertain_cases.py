@@ -71,8 +71,14 @@ def test_one_empty_pattern__is_nan_among_good_ones(run, method):
 def test_zero_probe__is_refused(run):
     datacube = draw_datacube((2, 4))
     datacube["probe"].values[:] = 0
-    with pytest.raises(ValueError, match="probe"):
+    with pytest.raises(ValueError, match="--no-use-stored-probe"):
         run(datacube)
+
+
+def test_zero_probe__can_be_set_aside(run):
+    datacube = draw_datacube((2, 4))
+    datacube["probe"].values[:] = 0
+    assert run(datacube, use_stored_probe=False)["strain/valid"].values.ravel()[1:].all()
 
 
 @pytest.mark.parametrize("method", METHODS)
