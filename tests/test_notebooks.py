@@ -1,0 +1,47 @@
+"""Every notebook runs from top to bottom on a small run, and is stored without outputs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from flat_scan import draw_datacube
+
+from fcunet import runner
+from fcunet.config import Config
+from fcunet.store import write_datacube
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook")
+    store = write_datacube(folder / "scan.zarr", draw_datacube())
+    config = Config.load(
+        store=store, out=folder / "run", method="correlation", workers=1, dashboard_address="127.0.0.1:0"
+    )
+    runner.run(config, progress=False)
+    return store, folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore")  # the kernel is another process: only its errors count
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook__runs_from_top_to_bottom(path, small_run, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    scan, run = small_run
+    monkeypatch.setitem(os.environ, "FCUNET_SCAN", str(scan))
+    monkeypatch.setitem(os.environ, "FCUNET_RUN", str(run))
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    shown = [o.output_type for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert "error" not in shown
+    assert shown.count("execute_result") + shown.count("display_data") >= 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook__is_stored_without_outputs(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert cells
+    assert all(c["outputs"] == [] and c["execution_count"] is None for c in cells)
