@@ -125,7 +125,7 @@ def test_calibrate__warns_of_a_probe_of_another_size(cube):
 
 
 def test_calibrate__refuses_an_empty_probe(cube):
-    with pytest.raises(ValueError, match="probe is zero everywhere.*--no-probe"):
+    with pytest.raises(ValueError, match="probe is zero everywhere.*--no-use-stored-probe"):
         calibrate(cube, probe=np.zeros((96, 90)))
 
 
