@@ -42,6 +42,8 @@ Block = tuple[int, int]
 
 _RETRIES = 2  # intermittent decompression errors are known (zarr-developers/numcodecs issue 810)
 _POLL_S = 0.25
+_RESULT_TIMEOUT_S = 5.0
+_DRAIN_S = 600.0  # how long a stop waits for the blocks in flight
 _PARTIAL = "partial"  # group in the peaks store: what each block adds to the mean and maximum pattern
 _THUMBNAIL = 8
 
@@ -314,7 +316,12 @@ class _Window:
         on_tick: Callable[[int], None],
         stop: threading.Event,
     ) -> None:
+        stopping_since: float | None = None
         while self.flying or (todo and not stop.is_set()):
+            if stop.is_set():
+                stopping_since = stopping_since or time.monotonic()
+                if not self._workers or time.monotonic() - stopping_since > _DRAIN_S:
+                    return  # nobody is there to finish them
             self._fill(todo, per_worker, stop)
             on_tick(self._workers)
             try:
@@ -323,8 +330,13 @@ class _Window:
                 continue
             block = self.flying.pop(future)
             if future.status == "finished":
+                try:
+                    numbers = future.result(timeout=_RESULT_TIMEOUT_S)
+                except TimeoutError:  # the worker died with the numbers in its memory
+                    todo.append(block)
+                    continue
                 counts.done += 1
-                on_done(block, future.result())
+                on_done(block, numbers)
                 continue
             if future.status != "error":  # cancelled or lost: the scheduler forgot it
                 if self.client.status != "running":
