@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Why each differs from Dask's default is written beside it.
 DASK_SETTINGS: dict[str, Any] = {
-    "distributed.deploy.lost-worker-timeout": "5s",  # 15 s: idle time after each lost job
+    # 15 s: a job is given up when its worker is gone for so long, and to start one anew in the same job takes
+    # longer than that on a busy node or a cold file system
+    "distributed.deploy.lost-worker-timeout": "45s",
     "distributed.scheduler.worker-ttl": "60s",  # 5 min: how long a hung worker keeps its tasks
     # 3: a walltime may end several workers in a row; blocks that still exceed it are tried again, alone
     "distributed.scheduler.allowed-failures": 5,
@@ -260,7 +262,10 @@ def report_health(client: Client, workers: int) -> str:
 
 
 def _revive(cluster: LocalCluster) -> None:
-    """Start workers that died while they were starting: their nannies would leave it at that."""
+    """Start workers that died while they were starting, or whose nanny gave up: Dask leaves it at that."""
+    if len(cluster.workers) < len(cluster.worker_spec):
+        assert cluster.loop is not None
+        cluster.loop.add_callback(cluster._correct_state)
     for nanny in list(cluster.workers.values()):
         process = getattr(nanny, "process", None)
         if process is not None and (nanny.status, process.status) == (Status.running, Status.stopped):
