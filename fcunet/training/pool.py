@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..simulation.crystals import load_crystals
-from .dataset import PatternSource, Pool, TrainingBatch, load_pool, make_orientations, save_pool
+from .dataset import (
+    PatternSource,
+    Pool,
+    TrainingBatch,
+    load_pool,
+    make_orientations,
+    save_pool,
+    training_crystals,
+)
 
 
 def fill_pool(folder: str | Path, n: int, *, split: str = "train", part: int = 128, seed: int = 0) -> None:
@@ -18,7 +25,7 @@ def fill_pool(folder: str | Path, n: int, *, split: str = "train", part: int = 1
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    crystals = load_crystals(split)
+    crystals = training_crystals(split)
     for k in range(-(-n // part)):
         path = folder / f"{split}-{seed:04d}-{k:05d}.npz"
         if not path.exists():
