@@ -33,6 +33,7 @@ from .kernels.probe import (
     weighted_quantile,
 )
 from .sample import N_PATTERNS, Sample, read_sample
+from .units import wavelength
 
 __all__ = [
     "Calibration",
@@ -313,17 +314,20 @@ def check_probe(probe: Any, detector: tuple[int, int]) -> NDArray[np.float32]:
     return array
 
 
-def _expected_q_pixel(attrs: Mapping[str, Any], radius: float) -> float:
-    """Detector pixel in 1/angstrom from convergence angle, beam energy and disk radius; NaN if not known."""
+def _positive(attrs: Mapping[str, Any], name: str) -> float:
+    """A positive number among the attributes, NaN without one."""
     try:
-        energy = float(attrs["beam_energy_keV"]) * 1e3
-        semiangle = float(attrs["convergence_semiangle_mrad"]) * 1e-3
+        value = float(attrs[name])
     except (KeyError, TypeError, ValueError):
         return math.nan
-    if not (energy > 0 and semiangle > 0):
-        return math.nan
-    wavelength = 12.2643 / math.sqrt(energy * (1 + 0.978476e-6 * energy))  # angstrom, relativistic
-    return semiangle / wavelength / radius
+    return value if value > 0 else math.nan
+
+
+def _aperture_radius(attrs: Mapping[str, Any]) -> float:
+    """Radius of the aperture in 1/angstrom from convergence angle and beam energy; NaN if not known."""
+    energy = _positive(attrs, "beam_energy_keV")
+    semiangle = _positive(attrs, "convergence_semiangle_mrad")
+    return math.nan if math.isnan(energy) else semiangle * 1e-3 / wavelength(energy)
 
 
 def calibrate(
@@ -462,15 +466,18 @@ def calibrate(
     if template is None:
         template, source = synthetic_probe(detector, radius, edge), "synthetic"
 
-    expected = _expected_q_pixel(datacube.attrs, radius)
+    aperture = _aperture_radius(datacube.attrs)
+    expected = aperture / radius
     q = datacube["qy"] if "qy" in datacube.coords else None
-    if not math.isnan(expected) and q is not None and q.attrs.get("units") == schema.UNIT_Q and q.size > 1:
+    if q is not None and q.attrs.get("units") == schema.UNIT_Q and q.size > 1:
         stored_pixel = abs(float(q[1] - q[0]))
         if abs(stored_pixel / expected - 1) > 0.1:
             notes.append(
                 f"detector pixel {stored_pixel:.5f} 1/angstrom as stored, {expected:.5f} from convergence "
                 "angle and disk radius: one of them is wrong"
             )
+        elif math.isnan(aperture):
+            aperture = stored_pixel * float(radius)
     if min_peak_spacing is None:
         # a disk must not be found twice, nor noise between the disks, nor a neighbour be hidden
         apart = 0.0 if math.isnan(nearest) else nearest
@@ -500,6 +507,8 @@ def calibrate(
         n_masked=int(masked.sum()),
         saturated_fraction=saturated_fraction,
         q_pixel_expected=expected,
+        beam_energy_keV=_positive(datacube.attrs, "beam_energy_keV"),
+        aperture_radius=aperture,
         warnings=tuple(notes),
     )
     if "origin_qy" in datacube and "origin_qx" in datacube:

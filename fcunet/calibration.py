@@ -11,6 +11,15 @@ from numpy.typing import NDArray
 from .kernels.beam import plane_map
 from .kernels.probe import synthetic_probe
 
+_MAY_BE_UNKNOWN = (
+    "probe_radius_std_px",
+    "nearest_spacing_px",
+    "origin_std_px",
+    "q_pixel_expected",
+    "beam_energy_keV",
+    "aperture_radius",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -41,6 +50,9 @@ class Calibration:
         Scatter of the measured centres about the plane (robust); NaN with fewer than three.
     origin_stored : ndarray, shape (scan_y, scan_x, 2), or None
         The centres stored with the scan, which win over the plane.
+    beam_energy_keV, aperture_radius : float
+        Beam energy, and radius of the aperture (convergence semiangle over wavelength) in 1/angstrom; NaN
+        where the store does not say. They set the scale of |V_g|.
     """
 
     centre: tuple[float, float]
@@ -64,6 +76,8 @@ class Calibration:
     n_masked: int = 0
     saturated_fraction: float = 0.0
     q_pixel_expected: float = math.nan
+    beam_energy_keV: float = math.nan
+    aperture_radius: float = math.nan
     warnings: tuple[str, ...] = ()
 
     @property
@@ -106,6 +120,8 @@ class Calibration:
             "n_masked": self.n_masked,
             "saturated_fraction": self.saturated_fraction,
             "q_pixel_expected": _number(self.q_pixel_expected),
+            "beam_energy_keV": _number(self.beam_energy_keV),
+            "aperture_radius": _number(self.aperture_radius),
             "bad_pixels": np.flatnonzero(self.bad_pixels).tolist(),
             "warnings": list(self.warnings),
         }
@@ -123,8 +139,8 @@ class Calibration:
         v.pop("descan_px", None)
         bad = np.zeros(shape, dtype=bool)
         bad.flat[v.pop("bad_pixels")] = True
-        for name in ("probe_radius_std_px", "nearest_spacing_px", "origin_std_px", "q_pixel_expected"):
-            v[name] = math.nan if v[name] is None else v[name]
+        for name in _MAY_BE_UNKNOWN:
+            v[name] = math.nan if v.get(name) is None else v[name]
         template = (
             synthetic_probe(shape, v["probe_radius_px"], v["edge_sigma_px"]) if probe is None else probe
         )

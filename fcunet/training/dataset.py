@@ -50,6 +50,8 @@ class TrainingBatch:
         Expected elastic electrons in the whole disk (before detector faults), NaN-padded.
     radius, dose, origin : Tensor, shape (n,), (n,), (n, 2)
         Disk radius in px, electrons in the incident probe, position of the direct beam in px.
+    optics : Tensor, shape (n, 2)
+        Beam energy in keV and radius of the aperture in 1/angstrom.
     """
 
     pattern: Tensor
@@ -60,6 +62,7 @@ class TrainingBatch:
     radius: Tensor
     dose: Tensor
     origin: Tensor
+    optics: Tensor
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
         """The same batch on another device."""
@@ -103,8 +106,8 @@ class PatternSource:
     Notes
     -----
     Distributions: disk radius 2.5 to 25 px (three in four 4 to 12), spots at least 10 px apart; half the
-    frames are off-centre windows of a pattern twice as large; dose 2e3 to 1e7, mostly 2e3 to 1e5; Gaussian
-    point spread to 1.5 px.
+    frames are off-centre windows of a pattern twice as large; dose 2e3 to 1e7, three in five up to 1e5;
+    Gaussian point spread to 1.5 px.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class PatternSource:
         self._upload()
 
     def _upload(self) -> None:
-        names = ("position", "amplitude", "leader", "coefficients", "scale", "aperture", "spacing")
+        names = ("position", "amplitude", "leader", "coefficients", "scale", "aperture", "spacing", "energy")
         self._tensors = t = {
             name: torch.from_numpy(getattr(self.pool, name)).to(self.device) for name in names
         }
@@ -225,7 +228,8 @@ class PatternSource:
         if not self.clean:
             frames = self._add_faults(frames, origin, radius)
         spots = self._list_spots(which, position, coefficients, fraction, elastic, radius)
-        return TrainingBatch(frames, probe, *spots, radius, dose, origin)
+        optics = torch.stack((t["energy"][which], aperture * fraction), dim=-1)
+        return TrainingBatch(frames, probe, *spots, radius, dose, origin, optics)
 
     def _choose_orientations(self, n: int) -> Tensor:
         """Half of the samples from orientations rich in lit forbidden reflections, as far as there are
@@ -294,7 +298,7 @@ class PatternSource:
         u, v = self._rand(n), self._rand(n)
         low = _log_uniform(v, 2e3, 1e5)
         return torch.where(
-            u < 0.7, low, torch.where(u < 0.95, _log_uniform(v, 1e5, 1e6), _log_uniform(v, 1e6, 1e7))
+            u < 0.6, low, torch.where(u < 0.85, _log_uniform(v, 1e5, 1e6), _log_uniform(v, 1e6, 1e7))
         )
 
     def _draw_probe(

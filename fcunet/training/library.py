@@ -90,7 +90,7 @@ def _template(plan: LibraryPlan) -> dict[str, np.ndarray]:
         return {f.name: getattr(empty_pool(plan.n_thicknesses), f.name) for f in dataclasses.fields(Pool)}
     frame, spots = (plan.size, plan.size), (N_SPOTS,)
     shapes = {"pattern": frame, "probe": frame, "spot_position": (*spots, 2), "spot_amplitude": spots,
-              "spot_electrons": spots, "origin": (2,)}  # fmt: skip
+              "spot_electrons": spots, "origin": (2,), "optics": (2,)}  # fmt: skip
     return {
         f.name: np.empty((0, *shapes.get(f.name, ())), np.float32) for f in dataclasses.fields(TrainingBatch)
     }
