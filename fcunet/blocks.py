@@ -67,6 +67,10 @@ class BlockCalibration(Protocol):
     def edge_boundary(self) -> Any: ...
     @property
     def origin(self) -> Any: ...
+    @property
+    def beam_energy_keV(self) -> float: ...
+    @property
+    def aperture_radius(self) -> float: ...
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -153,7 +157,7 @@ def build_detector(
         return correlate
 
     from .kernels.correlation import centre_probe
-    from .nn.decode import decode
+    from .nn.detect import detect
     from .nn.weights import load_model
 
     model = load_model(config.weights, device=device, precision=config.precision)
@@ -162,13 +166,16 @@ def build_detector(
             f"weights {config.weights!r} have SHA-256 {model.info.sha256[:12]} here, but the run was started "
             f"with {weights_sha256[:12]}; install the same weights on every node"
         )
-    threshold = model.info.threshold if config.threshold is None else config.threshold
     centred = centre_probe(probe)
+    optics = torch.tensor([[calibration.beam_energy_keV, calibration.aperture_radius]], device=device)
 
     def infer(patterns: Tensor) -> Peaks:
-        return decode(
-            model(patterns, centred),
-            threshold=threshold,
+        return detect(
+            model,
+            patterns,
+            centred,
+            optics=optics,
+            threshold=config.threshold,
             min_peak_spacing=float(spacing),
             edge_boundary=int(edge),
             max_num_peaks=config.max_num_peaks,
@@ -450,7 +457,13 @@ def _detector_key(
     config: DetectionConfig, calibration: BlockCalibration, device: torch.device, sha256: str | None
 ) -> tuple[str, ...]:
     digest = hashlib.sha256(np.asarray(calibration.probe, dtype=np.float32).tobytes())
-    digest.update(repr((calibration.min_peak_spacing, calibration.edge_boundary)).encode())
+    numbers = (
+        calibration.min_peak_spacing,
+        calibration.edge_boundary,
+        calibration.beam_energy_keV,
+        calibration.aperture_radius,
+    )
+    digest.update(repr(numbers).encode())
     return config.model_dump_json(), digest.hexdigest(), str(device), sha256 or ""
 
 

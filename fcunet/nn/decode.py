@@ -73,6 +73,39 @@ def decode(
     qx = stride * x + (stride - 1) / 2 + at(output.offset[:, 1])
     intensity, sigma = at(output.amplitude), at(output.log_sigma).exp()
 
+    return select_peaks(
+        qy,
+        qx,
+        intensity,
+        sigma,
+        found,
+        maxima.truncated,
+        frame=(height, width),
+        slots=found.shape[1],
+        edge_boundary=edge_boundary,
+        min_absolute_intensity=min_absolute_intensity,
+        min_relative_intensity=min_relative_intensity,
+        relative_to_peak=relative_to_peak,
+    )
+
+
+def select_peaks(
+    qy: Tensor,
+    qx: Tensor,
+    intensity: Tensor,
+    sigma: Tensor,
+    found: Tensor,
+    truncated: Tensor,
+    *,
+    frame: tuple[int, int],
+    slots: int,
+    edge_boundary: float,
+    min_absolute_intensity: float,
+    min_relative_intensity: float,
+    relative_to_peak: int,
+) -> Peaks:
+    """Peaks (n, `slots`) from candidates (n, P <= slots): those wanted, largest intensity first, then NaN."""
+    height, width = frame
     edge = max(edge_boundary, 0.0)
     keep = (
         found
@@ -92,7 +125,8 @@ def decode(
         kept = ranked.values > -torch.inf
 
     def order(values: Tensor) -> Tensor:
-        return torch.where(kept, values.gather(1, ranked.indices), torch.nan)
+        values = torch.where(kept, values.gather(1, ranked.indices), torch.nan)
+        return F.pad(values, (0, slots - values.shape[1]), value=torch.nan)
 
     return Peaks(
         qy=order(qy),
@@ -100,5 +134,5 @@ def decode(
         intensity=order(intensity),
         sigma=order(sigma),
         n_peaks=kept.sum(1),
-        truncated=maxima.truncated,
+        truncated=truncated,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .disks import DiskReader, DiskReading
 from .layers import ProbeFilters, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
@@ -45,6 +46,8 @@ class FCUNetConfig:
     filters, convs_per_block, levels, dropout : int, int, int, float
         Of the published networks only: complex filters of the first block, convolutions per block, poolings,
         and the rate of dropout, which stays on at inference in "paper".
+    reader_width, reader_layers, reader_heads, reader_channels : int, int, int, tuple of int
+        Second stage, see :class:`fcunet.nn.disks.DiskReader`; width 0 = none.
     threshold : float
         Smallest height of the Bragg map that is a peak: 0 to 1, for the published networks in units of 4 V.
     sigma_scale, sigma_floor_px : float
@@ -62,6 +65,10 @@ class FCUNetConfig:
     convs_per_block: int = 1
     levels: int = 7
     dropout: float = 0.1
+    reader_width: int = 0
+    reader_layers: int = 5
+    reader_heads: int = 6
+    reader_channels: tuple[int, int, int, int] = (24, 48, 64, 64)
     threshold: float = 0.3
     sigma_scale: float = 1.0
     sigma_floor_px: float = 0.0
@@ -106,7 +113,7 @@ class NetworkOutput(NamedTuple):
         Visibility of a Bragg disk centred here: a Gaussian spot of height up to 1 per disk, 0 elsewhere.
     root_amplitude : Tensor, shape (n, h, w)
         sqrt(|V_g| / 4 V), meaningful on spots only; 0 or less at reflections lit by multiple scattering
-        alone.
+        alone. All zero in a network whose second stage reads the amplitudes.
     offset : Tensor, shape (n, 2, h, w)
         (y, x) from the map pixel to the centre of the disk, detector px.
     log_sigma : Tensor, shape (n, h, w)
@@ -238,17 +245,24 @@ class FCUNet(Network):
         )
         # positions and amplitudes ask different questions of the same features: a decoder each
         self.dec2, self.dec1, self.dec0 = UpBlock(c3, c2), UpBlock(c2, c1), UpBlock(c1, c0)
-        self.amp2, self.amp1 = UpBlock(c3, c2), UpBlock(c2, c1)
         self.position_hidden = nn.Sequential(nn.Conv2d(c0, 32, 3, padding=1), nn.ReLU(inplace=True))
-        self.amplitude_hidden = nn.Sequential(nn.Conv2d(c1, c1, 3, padding=1), nn.ReLU(inplace=True))
         self.position_head = nn.Conv2d(32, 4, 1)
-        self.amplitude_head = nn.Conv2d(c1, 4, 1)
         with torch.no_grad():
             self.position_head.weight.mul_(0.1)
-            self.amplitude_head.bias = nn.Parameter(torch.full((4,), 0.5))
             # empty map, no offset, 0.6 px
             self.position_head.bias = nn.Parameter(torch.tensor([-4.0, 0.0, 0.0, 1.0]))
+        self.reader: DiskReader | None = None
+        if config.reader_width:
+            self.reader = DiskReader(
+                config.reader_width, config.reader_layers, config.reader_heads, config.reader_channels
+            )
+            return
+        self.amp2, self.amp1 = UpBlock(c3, c2), UpBlock(c2, c1)
+        self.amplitude_hidden = nn.Sequential(nn.Conv2d(c1, c1, 3, padding=1), nn.ReLU(inplace=True))
+        self.amplitude_head = nn.Conv2d(c1, 4, 1)
+        with torch.no_grad():
             self.amplitude_head.weight.mul_(0.1)
+            self.amplitude_head.bias = nn.Parameter(torch.full((4,), 0.5))
 
     def forward(self, patterns: Tensor, probes: Tensor, *, binning: int | None = None) -> NetworkOutput:
         """Maps of a batch of patterns.
@@ -294,12 +308,59 @@ class FCUNet(Network):
             x2 = self.enc2(x1)  # (n, 64, h/8, w/8)
             x3 = self.context(self.enc3(x2))  # (n, 96, h/16, w/16)
             d0 = self.dec0(self.dec1(self.dec2(x3, x2), x1), x0)  # (n, 24, h/2, w/2)
-            a1 = self.amp1(self.amp2(x3, x2), x1)  # (n, 40, h/4, w/4)
             d0 = self.position_hidden(d0)  # (n, 32, h/2, w/2)
-            a1 = self.amplitude_hidden(a1)  # (n, 40, h/4, w/4)
+            if self.reader is None:
+                a1 = self.amplitude_hidden(self.amp1(self.amp2(x3, x2), x1))  # (n, 40, h/4, w/4)
         heads = self.position_head(d0.float())  # (n, 4, h/2, w/2)
-        root = F.pixel_shuffle(self.amplitude_head(a1.float()), 2)[:, 0]  # (n, h/2, w/2) sqrt(|V_g| / 4 V)
+        if self.reader is None:
+            root = F.pixel_shuffle(self.amplitude_head(a1.float()), 2)[
+                :, 0
+            ]  # (n, h/2, w/2) sqrt(|V_g| / 4 V)
+        else:
+            root = torch.zeros_like(heads[:, 0])
         return self._output(heads, root, level, binning, frame)
+
+    def read_disks(
+        self,
+        patterns: Tensor,
+        probes: Tensor,
+        y: Tensor,
+        x: Tensor,
+        *,
+        optics: Tensor | None = None,
+        binning: int | None = None,
+    ) -> DiskReading:
+        """The second stage at given positions; offset and sigma in detector px, sigma calibrated.
+
+        Parameters
+        ----------
+        patterns, probes, binning
+            As for :meth:`forward`.
+        y, x : Tensor, shape (n, P)
+            Detector px, NaN-padded.
+        optics : Tensor, shape (n or 1, 2), optional
+            Beam energy in keV and radius of the aperture in 1/angstrom, NaN where unknown. Without them the
+            scale of |V_g| is a guess; positions do not depend on it.
+        """
+        assert self.reader is not None
+        _, probes, radius = check_inputs(patterns, probes)
+        b = binning or self.binning(radius)
+        image = bin_frame(patterns.float().clamp_min(0), b)
+        image = image / brightness(image)[:, None, None].clamp_min(1e-30)
+        probe = torch.fft.fftshift(bin_frame(roll_to_origin(probes), b, wrapped=True), dim=(-2, -1))
+        inner = (b - 1) / 2  # detector px of the centre of a binned pixel
+        found = self.reader(
+            image,
+            probe,
+            (y - inner) / b,
+            (x - inner) / b,
+            radius / b,
+            optics,
+            bf16=self.precision == "bf16",
+        )
+        scale = radius[:, None].expand(len(y), 1)  # (n, 1) detector px per radius
+        log_sigma = self.calibrated_log_sigma(found.log_sigma.exp() * scale / b, b)
+        return DiskReading(found.offset * scale[..., None], log_sigma, found.root_amplitude)
 
     def _output(
         self, heads: Tensor, root: Tensor, level: Tensor, binning: int, frame: tuple[int, int]

@@ -1,0 +1,81 @@
+"""From patterns to Bragg peaks: both stages of a network, one after the other."""
+
+import torch
+from torch import Tensor
+
+from ..kernels.peaks import Peaks
+from .decode import decode, select_peaks
+from .model import AMPLITUDE_UNIT_V, FCUNet, Network
+
+
+def detect(
+    model: Network,
+    patterns: Tensor,
+    probes: Tensor,
+    *,
+    optics: Tensor | None = None,
+    threshold: float | None = None,
+    min_peak_spacing: float | None = None,
+    edge_boundary: float = 0.0,
+    max_num_peaks: int = 128,
+    min_absolute_intensity: float = 0.0,
+    min_relative_intensity: float = 0.0,
+    relative_to_peak: int = 0,
+    binning: int | None = None,
+) -> Peaks:
+    """Bragg peaks of a batch of patterns.
+
+    Parameters
+    ----------
+    model : Network
+        In eval mode, on the device of `patterns`.
+    patterns : Tensor, shape (n, H, W)
+        Counts.
+    probes : Tensor, shape (n, H, W) or (H, W)
+        Vacuum probe, centred at (H // 2, W // 2).
+    optics : Tensor, shape (n or 1, 2), optional
+        Beam energy in keV and radius of the aperture in 1/angstrom, NaN where unknown; for |V_g| only.
+    threshold : float, optional
+        Smallest height of the Bragg map; default ``model.config.threshold``.
+    min_peak_spacing, edge_boundary, max_num_peaks, min_absolute_intensity, min_relative_intensity, \
+    relative_to_peak
+        See :func:`fcunet.nn.decode.decode`.
+    binning : int, optional
+        Detector pixels binned before the network. Default: what the disk radius asks for.
+
+    Returns
+    -------
+    Peaks
+        Positions and sigma in detector px, intensity = |V_g| in volts, largest first; empty slots NaN.
+    """
+    threshold = model.config.threshold if threshold is None else threshold
+    with_reader = isinstance(model, FCUNet) and model.reader is not None
+    found = decode(
+        model(patterns, probes, binning=binning),
+        threshold=threshold,
+        min_peak_spacing=min_peak_spacing,
+        edge_boundary=edge_boundary,
+        max_num_peaks=max_num_peaks,
+        min_absolute_intensity=0.0 if with_reader else min_absolute_intensity,
+        min_relative_intensity=0.0 if with_reader else min_relative_intensity,
+        relative_to_peak=relative_to_peak,
+    )
+    if not with_reader:
+        return found
+    assert isinstance(model, FCUNet)
+    y, x = found.qy, found.qx
+    reading = model.read_disks(patterns, probes, y, x, optics=optics, binning=binning)
+    return select_peaks(
+        y + reading.offset[..., 0],
+        x + reading.offset[..., 1],
+        AMPLITUDE_UNIT_V * reading.root_amplitude.clamp_min(0).square(),
+        reading.log_sigma.exp(),
+        torch.isfinite(y),
+        found.truncated,
+        frame=(patterns.shape[-2], patterns.shape[-1]),
+        slots=max_num_peaks,
+        edge_boundary=edge_boundary,
+        min_absolute_intensity=min_absolute_intensity,
+        min_relative_intensity=min_relative_intensity,
+        relative_to_peak=relative_to_peak,
+    )
