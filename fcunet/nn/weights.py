@@ -118,6 +118,27 @@ def load_model(
         return _models[key]
 
 
+def load_parts(model: Network, weights: str | os.PathLike[str]) -> list[str]:
+    """Take over the tensors of `weights` that `model` has in the same shape; returns the names of the rest.
+
+    To train on from other weights, or a new part of a network beside trained ones.
+
+    Raises
+    ------
+    ValueError
+        If nothing fits.
+    """
+    folder, _ = resolve_weights(weights)
+    own, stored = model.state_dict(), load_file(folder / TENSORS_NAME)
+    fitting = {k: v for k, v in stored.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise ValueError(
+            f"no tensor of the weights {str(weights)!r} fits this network: are they of another kind?"
+        )
+    model.load_state_dict(own | fitting)
+    return sorted(set(own) - set(fitting))
+
+
 def save_weights(
     folder: str | os.PathLike[str], model: Network, *, card: str, extra: Mapping[str, Any] | None = None
 ) -> str:

@@ -1,15 +1,14 @@
 """Thresholds and error bars, tuned on validation patterns after training."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..kernels.peaks import Peaks
 from ..nn.model import Network, disk_radius
 from ..nn.published import build_network
-from .evaluate import Batch, decode_prediction, evaluate, match_peaks, predict
+from .evaluate import Batch, Detector, evaluate, match_peaks, network_detector
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
@@ -23,16 +22,14 @@ def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
     and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square.
     """
     model = _with(model, sigma_scale=1.0, sigma_floor_px=0.0)
-    maps = {dose: [predict(model, b.pattern, b.probe) for b in batches] for dose, batches in sets.items()}
-
-    def peaks(dose: float, threshold: float) -> Iterator[Peaks]:
-        return (decode_prediction(prediction, threshold=threshold) for prediction in maps[dose])
 
     def f1(threshold: float) -> float:
-        return sum(_f1(peaks(dose, threshold), batches) for dose, batches in sets.items())
+        detector = network_detector(model, threshold=threshold)
+        return sum(_f1(evaluate(detector, batches)) for batches in sets.values())
 
     threshold = max(THRESHOLDS, key=f1)
-    pairs = [_errors(peaks(dose, threshold), batches) for dose, batches in sets.items()]
+    detector = network_detector(model, threshold=threshold)
+    pairs = [_errors(detector, batches) for batches in sets.values()]
     scale, floor = fit_sigma([p for p in pairs if len(p[0])])
     return _with(model, threshold=threshold, sigma_scale=scale, sigma_floor_px=floor)
 
@@ -63,17 +60,16 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     return answer
 
 
-def _f1(found: Iterator[Peaks], batches: Iterable[Batch]) -> float:
-    figures = evaluate(lambda patterns, probes: next(found), batches)
+def _f1(figures: Mapping[str, float]) -> float:
     recall, precision = figures["recall"], figures["precision"]
     return 2 * recall * precision / max(recall + precision, 1e-9)
 
 
-def _errors(found: Iterator[Peaks], batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def _errors(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Position errors (k, 2) and predicted sigma (k,) of the spots found."""
     errors, sigmas = [], []
-    for peaks, batch in zip(found, batches, strict=True):
-        matches = match_peaks(peaks, batch, margin_px=float(disk_radius(batch.probe).max()))
+    for batch in batches:
+        matches = match_peaks(detector(batch), batch, margin_px=float(disk_radius(batch.probe).max()))
         keep = matches.found & matches.wanted
         errors.append(matches.error[keep])
         sigmas.append(matches.sigma[keep])

@@ -6,14 +6,14 @@ root of the disk intensity, and a smooth fall-off with distance from the centre.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ..kernels.peaks import Peaks
-from ..nn.decode import decode
-from ..nn.model import Network, NetworkOutput, disk_radius
+from ..nn.detect import detect
+from ..nn.model import Network, disk_radius
 
 MATCH_PX = 1.0
 VISIBLE_ELECTRONS = 20.0  # fewer electrons in a disk: not asked for
@@ -28,9 +28,12 @@ class Batch(Protocol):
     spot_position: Tensor
     spot_amplitude: Tensor
     spot_electrons: Tensor
+    optics: Tensor
+
+    def to(self, device: torch.device | str, /) -> Self: ...
 
 
-Detector = Callable[[Tensor, Tensor], Peaks]  # patterns (n, H, W), probes (n, H, W) -> peaks
+Detector = Callable[[Batch], Peaks]
 
 
 class Matches(NamedTuple):
@@ -191,28 +194,32 @@ class Totals:
         }
 
 
-Prediction = list[tuple[Tensor, NetworkOutput]]  # maps, and the rows of the batch they belong to
+def network_detector(model: Network, *, threshold: float | None = None, max_num_peaks: int = 200) -> Detector:
+    """`model` as a detector, in the mode (train or eval) it is in; its peaks are on the CPU.
 
+    Patterns that need different binning, which a real scan never mixes, go through apart.
+    """
+    device = next(model.parameters()).device
 
-def predict(model: Network, patterns: Tensor, probes: Tensor) -> Prediction:
-    """Maps of a batch; patterns that need different binning, which a real scan never mixes, apart."""
-    bins = torch.ceil(disk_radius(probes) / model.config.max_radius_px).clamp_min(1)
-    groups = [(bins == k).nonzero()[:, 0] for k in bins.unique()]
-    with torch.no_grad():
-        return [(rows, model(patterns[rows], probes[rows])) for rows in groups]
+    def find(batch: Batch) -> Peaks:
+        bins = torch.ceil(disk_radius(batch.probe) / model.config.max_radius_px).clamp_min(1)
+        groups = [(bins == k).nonzero()[:, 0] for k in bins.unique()]
+        order = torch.cat(groups).argsort()
+        with torch.no_grad():
+            parts = [
+                detect(
+                    model,
+                    batch.pattern[rows].to(device),
+                    batch.probe[rows].to(device),
+                    optics=batch.optics[rows].to(device),
+                    threshold=threshold,
+                    max_num_peaks=max_num_peaks,
+                )
+                for rows in groups
+            ]
+        return Peaks(*(torch.cat(fields).cpu()[order] for fields in zip(*parts, strict=True)))
 
-
-def decode_prediction(prediction: Prediction, *, threshold: float, max_num_peaks: int = 200) -> Peaks:
-    """Peaks of a batch, in its own order."""
-    parts = [decode(maps, threshold=threshold, max_num_peaks=max_num_peaks) for _, maps in prediction]
-    order = torch.cat([rows for rows, _ in prediction]).argsort()
-    return Peaks(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
-
-
-def network_detector(model: Network, *, threshold: float | None = None) -> Detector:
-    """`model` as a detector, in the mode (train or eval) it is in."""
-    level = model.config.threshold if threshold is None else threshold
-    return lambda patterns, probes: decode_prediction(predict(model, patterns, probes), threshold=level)
+    return find
 
 
 def evaluate(
@@ -223,7 +230,7 @@ def evaluate(
     Parameters
     ----------
     detector : callable
-        (patterns, probes) -> Peaks.
+        Batch -> Peaks.
     batches : iterable of Batch
         Patterns and truth of one dose, say.
     margin_px : float, optional
@@ -233,7 +240,7 @@ def evaluate(
     totals = Totals()
     for batch in batches:
         margin = float(disk_radius(batch.probe).max()) if margin_px is None else margin_px
-        totals.add(match_peaks(detector(batch.pattern, batch.probe), batch, margin_px=margin), batch)
+        totals.add(match_peaks(detector(batch), batch, margin_px=margin), batch)
     if not totals.rows:
         raise ValueError("no batches to evaluate on; give at least one")
     return totals.figures()

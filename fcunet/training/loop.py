@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nn.model import FCUNetConfig, Network
+from ..nn.model import FCUNet, FCUNetConfig, Network, disk_radius
 from ..nn.published import build_network
-from ..nn.weights import pick_device, save_weights
+from ..nn.weights import load_parts, pick_device, save_weights
 from .calibration import calibrate
 from .card import model_card
+from .disks import DiskLossConfig, DiskStage, disk_losses, propose
 from .evaluate import Batch, evaluate, network_detector
 from .log import Moment, ProgressLine, TrainingLog
 from .losses import LossConfig, Losses, compute_losses, image_losses
@@ -103,10 +104,11 @@ def _train(
     config.out.mkdir(parents=True, exist_ok=True)
     state = _start(config, make_source, rank, world, device)
     net: nn.Module = state.model
+    if config.stage == "disks":
+        assert isinstance(state.model, FCUNet)
+        net = DiskStage(state.model)
     if world > 1:
-        net = nn.parallel.DistributedDataParallel(
-            state.model, device_ids=[device] if device.type == "cuda" else None
-        )
+        net = nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     leader = Leader(config, state, make_source, world, progress) if rank == 0 else None
     with _StopFlag() as stop:
         stopped = _run_steps(config, state, net, leader, stop, world, device)
@@ -130,7 +132,6 @@ def _run_steps(
 ) -> bool:
     """Steps until the end of the budget (False) or a signal (True)."""
     started, before = time.monotonic(), state.elapsed_s
-    loss_config = LossConfig(**config.loss)
     while True:
         state.elapsed_s = before + time.monotonic() - started
         done = _agree(_progress(config, state), world, device)
@@ -139,7 +140,7 @@ def _run_steps(
         if _agree(float(stop.raised), world, device):
             return True
         rate = learning_rate(config, state.step, done)
-        losses = _step(config, state, net, rate, loss_config, device)
+        losses = _step(config, state, net, rate, device)
         if leader is not None:
             leader.after_step(rate, losses, done)
 
@@ -149,7 +150,6 @@ def _step(
     state: State,
     net: nn.Module,
     rate: float,
-    loss_config: LossConfig,
     device: torch.device,
 ) -> Losses:
     source, n = state.source, config.batch
@@ -157,16 +157,9 @@ def _step(
         source, n = state.large_source, max(1, round(config.batch * (config.size / config.large_size) ** 2))
     batch = source.batch(n)
     state.model.train()
-    state.optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[1]["lr"] = rate
-    output = net(batch.pattern.to(device), batch.probe.to(device), binning=1)
-    judge = compute_losses if state.model.config.kind == "default" else image_losses
-    losses = judge(
-        output,
-        batch.spot_position.to(device),
-        batch.spot_amplitude.to(device),
-        batch.spot_electrons.to(device),
-        loss_config,
-    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    losses = losses_of(config, net, batch, device)
     state.optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
@@ -178,6 +171,25 @@ def _step(
     state.step += 1
     state.samples += n * (dist.get_world_size() if dist.is_initialized() else 1)
     return losses
+
+
+def losses_of(config: TrainConfig, net: nn.Module, batch: Batch, device: torch.device) -> Losses:
+    """What the stage in training gets wrong on a batch."""
+    if config.stage == "disks":
+        batch = batch.to(device)
+        proposals = propose(batch)
+        return disk_losses(
+            net(batch, proposals), proposals, disk_radius(batch.probe), DiskLossConfig(**config.loss)
+        )
+    output = net(batch.pattern.to(device), batch.probe.to(device), binning=1)
+    judge = compute_losses if config.kind == "default" else image_losses
+    return judge(
+        output,
+        batch.spot_position.to(device),
+        batch.spot_amplitude.to(device),
+        batch.spot_electrons.to(device),
+        LossConfig(**config.loss),
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, done: float) -> float:
@@ -206,13 +218,20 @@ def _start(
 ) -> State:
     torch.manual_seed(config.seed)
     network = FCUNetConfig.from_dict(config.network)
-    model = build_network(network).to(device).channels_last()
+    model = build_network(network)
+    if config.start_from is not None:
+        load_parts(model, config.start_from)
+    if config.stage == "disks":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("reader."))
+    model = model.to(device).channels_last()
     model.precision = config.precision
     ema = build_network(network).to(device).channels_last().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     ema.precision = config.precision
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -344,17 +363,9 @@ class Validation:
 
     def figures(self, model: Network) -> dict[float, dict[str, float]]:
         """Figures of merit by dose."""
-        device = next(model.parameters()).device
         model.eval()
         detector = network_detector(model)
-        return {
-            dose: evaluate(lambda x, p: _to_cpu(detector(x.to(device), p.to(device))), batches)
-            for dose, batches in self.sets.items()
-        }
-
-
-def _to_cpu(peaks: Any) -> Any:
-    return type(peaks)(*(t.cpu() for t in peaks))
+        return {dose: evaluate(detector, batches) for dose, batches in self.sets.items()}
 
 
 def selection_score(sets: list[dict[str, float]]) -> float:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..nn.model import FCUNetConfig
+from .disks import DiskLossConfig
 from .losses import LossConfig
 
 
@@ -20,8 +21,17 @@ class TrainConfig(BaseModel):
         Path("runs/train"), description="folder of checkpoints, logs and weights; resumes what is there"
     )
     network: dict[str, Any] = Field(default_factory=dict, description="architecture, see FCUNetConfig")
+    stage: Literal["maps", "disks"] = Field(
+        "maps",
+        description="what is trained: the maps, or the second stage that reads the disks they find "
+        "(needs network: {reader_width: ...}; the maps stay as they are)",
+    )
+    start_from: str | None = Field(
+        None, description="weights to begin with (packaged name or folder); parts they lack start at random"
+    )
     loss: dict[str, Any] = Field(
-        default_factory=dict, description="weights and widths of the losses, see LossConfig"
+        default_factory=dict,
+        description="weights and widths of the losses, see LossConfig, or DiskLossConfig for the disks",
     )
     source: dict[str, Any] = Field(default_factory=dict, description="simulated patterns, see PatternSource")
     pool: Path | None = Field(
@@ -72,15 +82,23 @@ class TrainConfig(BaseModel):
         FCUNetConfig.from_dict(value)
         return value
 
-    @field_validator("loss")
-    @classmethod
-    def _check_loss(cls, value: dict[str, Any]) -> dict[str, Any]:
-        unknown = set(value) - set(LossConfig.__dataclass_fields__)
+    @property
+    def kind(self) -> str:
+        """Of the network: "default", "paper" or "paired"."""
+        return FCUNetConfig.from_dict(self.network).kind
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> "TrainConfig":
+        known = (DiskLossConfig if self.stage == "disks" else LossConfig).__dataclass_fields__
+        unknown = set(self.loss) - set(known)
         if unknown:
+            raise ValueError(f"setting 'loss': unknown {sorted(unknown)}; known are {sorted(known)}")
+        if self.stage == "disks" and not FCUNetConfig.from_dict(self.network).reader_width:
             raise ValueError(
-                f"unknown {sorted(unknown)}; known are {sorted(LossConfig.__dataclass_fields__)}"
+                "stage 'disks' trains the second stage, but the network has none; "
+                "add network: {reader_width: 160}"
             )
-        return value
+        return self
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainConfig":

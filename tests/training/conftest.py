@@ -13,6 +13,10 @@ class ToyBatch(NamedTuple):
     spot_position: Tensor
     spot_amplitude: Tensor
     spot_electrons: Tensor
+    optics: Tensor
+
+    def to(self, device: torch.device | str) -> "ToyBatch":
+        return ToyBatch(*(t.to(device) for t in self))
 
 
 class ToySource:
@@ -59,7 +63,8 @@ class ToySource:
         position[outside] = torch.nan
         electrons[outside], amplitude[outside] = 0.0, 0.0
         pattern = torch.poisson(expected * scale[:, None, None], generator=self.generator)
-        return ToyBatch(pattern, centre, position, amplitude, electrons)
+        optics = torch.tensor([[200.0, 0.08]]).expand(n, 2)
+        return ToyBatch(pattern, centre, position, amplitude, electrons, optics)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def batch(toy_source):
 
 
 def test_evaluate__of_the_truth_is_perfect(batch):
-    figures = evaluate(lambda x, p: peaks_at(batch.spot_position, batch.spot_amplitude), [batch])
+    figures = evaluate(lambda _: peaks_at(batch.spot_position, batch.spot_amplitude), [batch])
     assert figures["recall"] == pytest.approx(1)
     assert figures["precision"] > 0.98  # some true spots have less than an electron
     assert figures["position_rms_px"] == pytest.approx(0, abs=1e-5)
@@ -53,7 +53,7 @@ def test_evaluate__counts_a_missed_and_a_false_peak(batch):
 def test_evaluate__a_constant_sigma_that_is_right_covers(batch):
     generator = torch.Generator().manual_seed(0)
     noisy = batch.spot_position + 0.1 * torch.randn(batch.spot_position.shape, generator=generator)
-    figures = evaluate(lambda x, p: peaks_at(noisy, batch.spot_amplitude, 0.1), [batch])
+    figures = evaluate(lambda _: peaks_at(noisy, batch.spot_amplitude, 0.1), [batch])
     assert figures["coverage_1"] == pytest.approx(0.683, abs=0.06)
     assert figures["coverage_2"] == pytest.approx(0.954, abs=0.04)
     assert figures["position_rms_px"] == pytest.approx(0.1, rel=0.1)

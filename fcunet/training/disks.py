@@ -1,0 +1,151 @@
+"""Training of the second stage: positions as the first might give them, and what is asked at each.
+
+The maps need not run for it: true positions are displaced at random, weak disks are left out as they would
+be, and a few places without a disk are put in.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.disks import DiskReading
+from ..nn.model import AMPLITUDE_UNIT_V, FCUNet, disk_radius
+from .evaluate import Batch
+from .losses import Losses
+
+_DISPLACED = (0.02, 0.25)  # radii: standard deviation, log-uniform over patterns
+_NOTICED_ELECTRONS = 8.0  # a disk of N electrons is proposed with probability N / (N + this)
+_FALSE_SLOTS, _FALSE_SHARE = 3, 0.2  # per pattern: places without a disk
+_OPTICS_UNKNOWN = 0.25  # share of the patterns
+
+
+@dataclass(frozen=True)
+class DiskLossConfig:
+    """Weights of the second stage.
+
+    Parameters
+    ----------
+    position_weight, amplitude_weight : float
+        Of the offset's likelihood and of the two amplitude terms.
+    beta : float
+        Weighting of the likelihood by sigma, see :class:`fcunet.training.losses.LossConfig`.
+    forbidden_weight : float
+        Of a lit forbidden reflection beside an allowed one.
+    half_visible_electrons : float
+        The amplitude of a disk of N electrons counts N / (N + this).
+    """
+
+    position_weight: float = 1.0
+    amplitude_weight: float = 2.0
+    beta: float = 0.25
+    forbidden_weight: float = 2.0
+    half_visible_electrons: float = 20.0
+
+
+class Proposals(NamedTuple):
+    """Places to look at, and what is there; n patterns, P places."""
+
+    position: Tensor  # (n, P, 2) px, NaN-padded: what the first stage would have said
+    truth: Tensor  # (n, P, 2) px, NaN where there is no disk
+    amplitude: Tensor  # (n, P) volts
+    electrons: Tensor  # (n, P)
+
+    @property
+    def real(self) -> Tensor:
+        """(n, P): a disk was proposed here, and is here."""
+        return torch.isfinite(self.position).all(-1) & torch.isfinite(self.truth).all(-1)
+
+
+def propose(batch: Batch) -> Proposals:
+    """Positions as a first stage might give them."""
+    electrons = torch.nan_to_num(batch.spot_electrons)
+    truth, device = batch.spot_position, electrons.device
+    n = len(electrons)
+    frame = torch.tensor(batch.pattern.shape[-2:], device=device)
+    radius = disk_radius(batch.probe)[:, None, None]
+    inside = ((truth > -0.5) & (truth < frame - 0.5)).all(-1)  # False for NaN
+    noticed = electrons / (electrons + _NOTICED_ELECTRONS)
+    taken = (torch.rand(electrons.shape, device=device) < noticed) & inside
+    low, high = _DISPLACED
+    spread = low * (high / low) ** torch.rand(n, 1, 1, device=device)
+    weak = (30 / (electrons + 1)).clamp(0, 1).sqrt()[..., None]
+    moved = torch.randn(truth.shape, device=device).clamp(-2, 2) * (spread + 0.1 * weak) * radius
+    position = torch.where(taken[..., None], truth + moved, torch.nan)
+    width = max(1, int(taken.sum(1).max()))
+    order = torch.argsort(taken.float(), dim=1, descending=True, stable=True)[:, :width]
+    pair = order[..., None].expand(-1, -1, 2)
+
+    empty = torch.rand(n, _FALSE_SLOTS, 2, device=device) * (frame - 1)
+    some = torch.rand(n, _FALSE_SLOTS, 1, device=device) < _FALSE_SHARE
+    nothing = torch.full((n, _FALSE_SLOTS), torch.nan, device=device)
+    return Proposals(
+        position=torch.cat((position.gather(1, pair), torch.where(some, empty, torch.nan)), dim=1),
+        truth=torch.cat((truth.gather(1, pair), nothing[..., None].expand(-1, -1, 2)), dim=1),
+        amplitude=torch.cat((batch.spot_amplitude.gather(1, order), nothing), dim=1),
+        electrons=torch.cat((batch.spot_electrons.gather(1, order), nothing), dim=1),
+    )
+
+
+class DiskStage(nn.Module):
+    """The second stage of `model` alone, as a module for the optimiser and for several devices."""
+
+    def __init__(self, model: FCUNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, proposals: Proposals) -> DiskReading:
+        """What the second stage says at the proposed places; the optics are hidden now and then."""
+        optics = batch.optics.clone()
+        optics[torch.rand(len(optics), device=optics.device) < _OPTICS_UNKNOWN] = torch.nan
+        y, x = proposals.position.unbind(-1)
+        return self.model.read_disks(batch.pattern, batch.probe, y, x, optics=optics, binning=1)
+
+
+def disk_losses(
+    reading: DiskReading, proposals: Proposals, radius: Tensor, config: DiskLossConfig | None = None
+) -> Losses:
+    """Losses of a batch.
+
+    Parameters
+    ----------
+    reading : DiskReading
+        px, as from :meth:`fcunet.nn.model.FCUNet.read_disks`.
+    proposals : Proposals
+    radius : Tensor, shape (n,)
+        Disk radius, px. Offsets are judged in radii, so that every camera length counts alike.
+
+    Notes
+    -----
+    The amplitude is judged twice: as |V_g| in units of the mean of its pattern, absolute error, which is the
+    R factor; and as its square root (Charbonnier), whose gradient does not vanish at 0.
+    """
+    config = config or DiskLossConfig()
+    real = proposals.real
+    if not bool(real.any()):
+        zero = sum((values.sum() for values in reading), reading.offset.new_zeros(())) * 0.0
+        return Losses(zero, zero.detach(), zero.detach(), zero.detach())
+    n, p = real.shape
+    unit = radius[:, None].expand(n, p)
+    error = ((reading.offset - (proposals.truth - proposals.position)) / unit[..., None])[real]  # (k, 2)
+    log_sigma = (reading.log_sigma - unit.log())[real]
+    likelihood = (0.5 * error.square() * torch.exp(-2 * log_sigma)[:, None] + log_sigma[:, None]).sum(-1)
+    weight = torch.exp(log_sigma.detach()) ** (2 * config.beta)
+    position = (likelihood * weight).sum() / weight.sum()
+
+    electrons = proposals.electrons[real]
+    truth = proposals.amplitude[real] / AMPLITUDE_UNIT_V
+    root = reading.root_amplitude[real]
+    guess = root.clamp_min(0).square() + 0.2 * root.clamp_max(0)  # below 0: a slope that leads back
+    owner = torch.arange(n, device=real.device)[:, None].expand(n, p)[real]
+    ones = torch.ones_like(truth)
+    mean = truth.new_zeros(n).index_add_(0, owner, truth)
+    mean = mean / truth.new_zeros(n).index_add_(0, owner, ones).clamp_min(1)
+    weight = electrons / (electrons + config.half_visible_electrons)
+    weight = weight * torch.where(truth == 0, config.forbidden_weight, 1.0)
+    relative = (guess - truth).abs() / (mean[owner] + 0.05)
+    rooted = ((root - truth.sqrt()).square() + 1e-3).sqrt()
+    amplitude = ((relative + rooted) * weight).sum() / weight.sum().clamp_min(1e-6)
+    total = config.position_weight * position + config.amplitude_weight * amplitude
+    return Losses(total, torch.zeros_like(total).detach(), position.detach(), amplitude.detach())

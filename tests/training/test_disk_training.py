@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from fcunet.nn.disks import DiskReading
+from fcunet.nn.model import AMPLITUDE_UNIT_V, disk_radius
+from fcunet.nn.weights import load_model
+from fcunet.training.disks import disk_losses, propose
+from fcunet.training.loop import train
+from fcunet.training.settings import TrainConfig
+
+NETWORK = {"widths": [8, 8, 8, 8], "attention_heads": 2, "attention_layers": 1, "filter_orders": [0, 1]}
+READER = {"reader_width": 16, "reader_layers": 1, "reader_heads": 2, "reader_channels": [4, 4, 4, 4]}
+TINY = {
+    "batch": 2,
+    "size": 64,
+    "precision": "fp32",
+    "device": "cpu",
+    "validation_patterns": 2,
+    "validation_size": 64,
+    "validation_doses": (1e4,),
+    "selection_doses": (1e4,),
+    "log_every": 1,
+}
+
+
+@pytest.fixture
+def batch(toy_source):
+    torch.manual_seed(0)
+    return toy_source(128, seed=3, dose=1e6).batch(4)
+
+
+def truth_as_reading(proposals, sigma=0.1):
+    real = proposals.real
+    offset = torch.where(real[..., None], proposals.truth - proposals.position, 0.0)
+    root = torch.where(real, (proposals.amplitude / AMPLITUDE_UNIT_V).sqrt(), 0.0)
+    return DiskReading(offset, torch.full_like(root, sigma).log(), root)
+
+
+def test_propose__bright_disks_are_there_within_their_radius(batch):
+    proposals = propose(batch)
+    moved = (proposals.position - proposals.truth)[proposals.real]
+    limit = 2 * 0.35 * float(disk_radius(batch.probe).max())
+    assert float(moved.abs().max()) < limit
+    bright = int((batch.spot_electrons > 1e3).sum())
+    assert bright * 0.8 < int((proposals.real & (proposals.electrons > 1e3)).sum()) <= bright
+
+
+def test_propose__some_places_have_no_disk(batch):
+    found = [propose(batch) for _ in range(10)]
+    assert sum(int((torch.isfinite(p.position).all(-1) & ~p.real).sum()) for p in found) > 5
+
+
+def test_disk_losses__prefer_the_truth(batch):
+    proposals, radius = propose(batch), disk_radius(batch.probe)
+    right = truth_as_reading(proposals)
+    best = disk_losses(right, proposals, radius)
+    for wrong in (
+        right._replace(offset=right.offset + 0.5),
+        right._replace(log_sigma=right.log_sigma + 1),
+        right._replace(root_amplitude=right.root_amplitude + 0.3),
+    ):
+        assert float(disk_losses(wrong, proposals, radius).total) > float(best.total) + 0.1
+    assert float(best.amplitude) < 0.05
+
+
+def test_disk_losses__a_forbidden_spot_that_is_read_as_nothing_costs_nothing(batch):
+    proposals, radius = propose(batch), disk_radius(batch.probe)
+    proposals = proposals._replace(amplitude=torch.zeros_like(proposals.amplitude))
+    reading = truth_as_reading(proposals)
+    assert float(disk_losses(reading, proposals, radius).amplitude) < 0.05
+    assert (
+        float(
+            disk_losses(
+                reading._replace(root_amplitude=reading.root_amplitude + 1), proposals, radius
+            ).amplitude
+        )
+        > 1
+    )
+
+
+def test_disk_losses__of_nothing_are_finite_with_a_gradient(batch):
+    proposals = propose(batch)
+    nowhere = proposals._replace(position=torch.full_like(proposals.position, torch.nan))
+    reading = DiskReading(*(t.requires_grad_() for t in truth_as_reading(proposals)))
+    losses = disk_losses(reading, nowhere, disk_radius(batch.probe))
+    losses.total.backward()
+    assert float(losses.total.detach()) == 0
+    assert bool(torch.isfinite(reading.offset.grad).all())
+
+
+def test_train__the_second_stage_leaves_the_maps_as_they_are(tmp_path, toy_source):
+    def make(split, size, seed, dose):
+        return toy_source(size, seed + (split != "train"), dose)
+
+    first = train(TrainConfig(out=tmp_path / "maps", steps=1, network=NETWORK, **TINY), make_source=make)
+    config = TrainConfig(
+        out=tmp_path / "disks",
+        steps=2,
+        stage="disks",
+        start_from=str(first),
+        network=NETWORK | READER,
+        **TINY,
+    )
+    second = train(config, make_source=make)
+    before = load_model(first, device="cpu").state_dict()
+    after = load_model(second, device="cpu").state_dict()
+    maps = [k for k in after if not k.startswith("reader.")]
+    assert maps
+    assert all(torch.equal(after[k], before[k]) for k in maps)
+    assert any(k.startswith("reader.") for k in after)
+
+
+def test_train_config__the_second_stage_needs_a_network_that_has_one():
+    with pytest.raises(ValueError, match="reader_width"):
+        TrainConfig(steps=1, stage="disks")
