@@ -91,7 +91,15 @@ def find_peaks(
     block["origin"] = ((*schema.SCAN_DIMS, "axis"), origin)
     numbers = {
         name: getattr(calibration, name)
-        for name in ("centre", "probe_radius_px", "edge_sigma_px", "min_peak_spacing", "edge_boundary")
+        for name in (
+            "centre",
+            "probe_radius_px",
+            "edge_sigma_px",
+            "min_peak_spacing",
+            "edge_boundary",
+            "beam_energy_keV",
+            "aperture_radius",
+        )
     }
     if intensity.chunks is None:
         peaks = _peaks_of_block(block, config=chosen, numbers=numbers)
