@@ -136,11 +136,6 @@ class NetworkOutput(NamedTuple):
         """|V_g| in volts, shape (n, h, w), meaningful on spots only."""
         return AMPLITUDE_UNIT_V * self.root_amplitude.clamp_min(0).square()
 
-    @property
-    def structure_factor_image(self) -> Tensor:
-        """Spots of height |V_g|, volts, shape (n, h, w): the image a person wants to look at."""
-        return self.bragg_map * self.amplitude
-
 
 class ConvBlock(nn.Sequential):
     """Two 3x3 convolutions with batch norm and ReLU; the first may halve the sampling."""

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from fcunet.kernels.peaks import Peaks
 from fcunet.nn.decode import decode
-from fcunet.nn.detect import detect
+from fcunet.nn.detect import detect, structure_factor_image
 from fcunet.nn.disks import CELLS, HALF_WIDTH, DiskReader, cut_disks, in_groups
 from fcunet.nn.model import FCUNet, FCUNetConfig, brightness
 
@@ -157,3 +158,22 @@ def test_read_disks__works_on_binned_frames_in_detector_pixels(network):
     b = network.read_disks(large, large_probe, 3 * y + 1, 3 * x + 1, binning=3)
     torch.testing.assert_close(b.offset, 3 * a.offset, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(b.log_sigma, a.log_sigma + math.log(3), rtol=1e-4, atol=1e-4)
+
+
+def test_structure_factor_image__spots_have_their_height_and_place():
+    nan = torch.nan
+    peaks = Peaks(
+        qy=torch.tensor([[20.3, 40.0], [nan, nan]]),
+        qx=torch.tensor([[30.0, 10.6], [nan, nan]]),
+        intensity=torch.tensor([[5.0, 2.0], [nan, nan]]),
+        sigma=torch.full((2, 2), 0.1),
+        n_peaks=torch.tensor([2, 0]),
+        truncated=torch.zeros(2, dtype=torch.bool),
+    )
+    image = structure_factor_image(peaks, (64, 48))
+    assert image.shape == (2, 64, 48)
+    assert float(image[1].abs().max()) == 0
+    upper = image[0, :30]
+    y = torch.arange(30.0)[:, None]
+    assert float((upper * y).sum() / upper.sum()) == pytest.approx(20.3, abs=1e-4)
+    assert float(image[0, 40].max()) == pytest.approx(2.0 * math.exp(-0.5 * (0.4 / 1.2) ** 2), rel=1e-4)

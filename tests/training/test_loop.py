@@ -130,11 +130,12 @@ def test_train_config__explains_what_is_wrong(tmp_path, text, match):
         TrainConfig.load(path)
 
 
-def test_train_config__the_shipped_example_loads():
-    config = TrainConfig.load(
-        Path(__file__).parents[2] / "workflows/configs/train.yaml", budget_s=1.0, out=None
-    )
+@pytest.mark.parametrize(("name", "stage"), [("train", "maps"), ("train_disks", "disks")])
+def test_train_config__the_shipped_examples_load(name, stage):
+    path = Path(__file__).parents[2] / f"workflows/configs/{name}.yaml"
+    config = TrainConfig.load(path, budget_s=1.0, out=None)
     assert config.budget_s == 1.0
+    assert config.stage == stage
 
 
 SCRIPT = """
