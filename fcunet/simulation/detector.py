@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .scattering import DEGREE, DISK_MARGIN, _degrees, chebyshev_1d, disk_basis, tilt_points
 
@@ -103,6 +104,7 @@ def render_disks(
     electrons: Tensor | None = None,
     edge_blur_px: Tensor | None = None,
     illumination: Tensor | None = None,
+    transmission: Tensor | None = None,
     threshold: float = 0.02,
 ) -> Tensor:
     """Draw every disk at its exact place with its intensity texture.
@@ -123,6 +125,9 @@ def render_disks(
         Standard deviation of the blur of the aperture's edge alone, 0 to 1.5 px.
     illumination : Tensor, shape (n, 2), optional
         Gradient of the illumination across the aperture, per aperture radius.
+    transmission : Tensor, shape (n, K, K), optional
+        Transmission of a patterned aperture over the square from -1 to 1 aperture radii, in the orientation
+        of the aperture; see :func:`bullseye`. Averaged over nine points per pixel.
     threshold : float
         Disks with fewer expected electrons are not drawn (with `electrons` given).
 
@@ -155,6 +160,7 @@ def render_disks(
     inside &= (position[..., 0] < height - 1 + margin) & (position[..., 1] < width - 1 + margin)
     visible = bright & inside
     triangle = torch.tensor([i * (DEGREE + 1) + j for i, j in _degrees()], device=device)
+    patterned = None if transmission is None else (transmission != 1).flatten(1).any(1)  # (n,)
     frames = coefficients.new_zeros(n, height, width)
     for index in torch.unique(bucket).tolist():
         h = _HALF_WIDTHS[index]
@@ -184,11 +190,29 @@ def render_disks(
             if illumination is not None:
                 slope = torch.einsum("mi,mij->mj", illumination[sample], matrix[sample])
                 value *= 1 + slope[:, :1, None] * oy[:, :, None] + slope[:, 1:, None] * ox[:, None, :]
+            if transmission is not None and patterned is not None and bool(patterned[sample].any()):
+                some = patterned[sample]
+                value[some] *= _pixel_transmission(
+                    transmission[sample[some]], oy[some], ox[some], matrix[sample[some]]
+                )
             corner = (r * canvas_shape[1] + base[:, 0] + pad - h) * canvas_shape[2] + base[:, 1] + pad - h
             box = span[:, None] * canvas_shape[2] + span + h * (canvas_shape[2] + 1)
             canvas.view(-1).index_add_(0, (corner[:, None, None] + box).reshape(-1), value.reshape(-1))
         frames[members] = canvas[:, pad:-pad, pad:-pad]
     return frames
+
+
+def _pixel_transmission(transmission: Tensor, oy: Tensor, ox: Tensor, matrix: Tensor) -> Tensor:
+    """Transmissions (m, K, K) averaged over pixels (m, b, b), nine points each: rings have sharp edges."""
+    total = oy.new_zeros(len(oy), oy.shape[1], ox.shape[1])
+    for dy in (-1 / 3, 0.0, 1 / 3):
+        for dx in (-1 / 3, 0.0, 1 / 3):
+            offset = torch.stack(torch.broadcast_tensors(oy[:, :, None] + dy, ox[:, None, :] + dx), dim=-1)
+            place = torch.einsum("mij,mabj->mabi", matrix, offset)  # aperture units (y, x)
+            total += F.grid_sample(
+                transmission[:, None], place.flip(-1), padding_mode="border", align_corners=True
+            )[:, 0]
+    return total / 9
 
 
 def blur_frames(
@@ -349,3 +373,89 @@ def beam_stop(
     half = width_px[:, None, None] / 2
     covered = (across < half) & ((along > 0) | (along**2 + across**2 < half**2))
     return torch.where(covered, frames * transmission[:, None, None], frames)
+
+
+def bullseye(n_rings: int, *, fill: float = 0.5, size: int = 64, spokes: int = 0) -> Tensor:
+    """Transmission (size, size) of a bullseye aperture: a central disk and rings, mean 1 over the aperture.
+
+    For training: one to four rings, a twentieth of the samples (S. E. Zeltmann et al., Ultramicroscopy 209,
+    112890 (2020), doi:10.1016/j.ultramic.2019.112890).
+
+    Parameters
+    ----------
+    n_rings : int
+        Opaque rings between centre and rim.
+    fill : float
+        Open share of each period along the radius.
+    spokes : int
+        Opaque bars that hold the rings, 0.08 radii wide.
+    """
+    grid = torch.linspace(-1, 1, size)
+    y, x = grid[:, None], grid[None, :]
+    rho = torch.hypot(y, x)
+    period = 1 / (n_rings + fill / 2)  # the outermost ring ends at the rim
+    soft = 2 / size  # a pixel of this image
+    inner = rho.clamp(max=1 - fill * period / 4)  # open beyond the rim, so that it is cut by the disk alone
+    phase = torch.remainder(inner + fill * period / 2, period) - fill * period / 2
+    open_ = torch.sigmoid((fill * period / 2 - phase.abs()) / (0.5 * soft))
+    for k in range(spokes):
+        angle = math.pi * k / max(spokes, 1)
+        across = (y * math.cos(angle) - x * math.sin(angle)).abs()
+        open_ = open_ * torch.sigmoid((across - 0.04) / (0.5 * soft))
+    return open_ / open_[rho <= 1].mean()
+
+
+def module_gaps(frames: Tensor, first: Tensor, width: Tensor, axis: Tensor) -> Tensor:
+    """Zero a band across each frame, as between the modules of a hybrid pixel detector.
+
+    For training: 2 to 4 px wide, anywhere, a twentieth of the samples.
+
+    Parameters
+    ----------
+    frames : Tensor, shape (n, H, W)
+    first, width : Tensor, shape (n,)
+        First row or column and number of them, px.
+    axis : Tensor, shape (n,)
+        0: rows, 1: columns.
+    """
+    height, width_px = frames.shape[1:]
+    rows = torch.arange(height, device=frames.device)[None, :, None]
+    columns = torch.arange(width_px, device=frames.device)[None, None, :]
+    place = torch.where(axis[:, None, None] == 0, rows, columns)
+    start = first[:, None, None]
+    return torch.where((place >= start) & (place < start + width[:, None, None]), 0.0, frames)
+
+
+def spread_counts(
+    counts: Tensor, share: Tensor, generator: torch.Generator | None = None, *, binary: bool = False
+) -> Tensor:
+    """Let electrons trigger neighbouring pixels as well, as in thin counting detectors.
+
+    For training: 0.2 to 0.6 of the electrons at 200 to 300 kV, patterns of at most 5e4 electrons.
+
+    Parameters
+    ----------
+    counts : Tensor, shape (n, H, W)
+        Whole numbers.
+    share : Tensor, shape (n,)
+        Mean number of neighbours an electron also triggers, 0 to 1; to the four sides alike.
+    binary : bool
+        Count a pixel at most once per frame.
+    """
+    out = counts.clone()
+    for shift, axis in ((1, 1), (-1, 1), (1, 2), (-1, 2)):
+        chance = (share / 4).clamp(0, 1)[:, None, None].expand_as(counts)
+        side = torch.binomial(counts, chance, generator=generator)
+        side = torch.roll(side, shift, dims=axis)
+        side.select(axis, 0 if shift == 1 else -1).zero_()  # nothing comes in from the other border
+        out += side
+    return out.clamp(max=1) if binary else out
+
+
+def change_contrast(frames: Tensor, gamma: Tensor) -> Tensor:
+    """Raise intensities to a power (n,), keeping the brightest pixel; rounded: files saved for display.
+
+    For training: powers of 0.25 to 1, a thirtieth of the samples.
+    """
+    top = frames.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
+    return (top * (frames.clamp_min(0) / top) ** gamma[:, None, None]).round()

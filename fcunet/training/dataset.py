@@ -29,6 +29,8 @@ __all__ = [
     "training_crystals",
 ]
 
+# rings, open share, bars
+_BULLSEYES = ((1, 0.5, 0), (2, 0.5, 0), (2, 0.6, 2), (3, 0.5, 2), (4, 0.5, 0))
 _SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -102,6 +104,8 @@ class PatternSource:
         No backgrounds, no blur beyond the pixel, no faults: only scattering, geometry and counting noise.
     flat : float
         Share of the samples with evenly filled disks, as very thin specimens show.
+    radius : (low, high), optional
+        Log-uniform disk radius in px instead of the training distribution, for test sets.
 
     Notes
     -----
@@ -124,6 +128,7 @@ class PatternSource:
         dose: tuple[float, float] | None = None,
         clean: bool = False,
         flat: float = 0.08,
+        radius: tuple[float, float] | None = None,
     ) -> None:
         self.crystals = training_crystals(split)
         self.size = size
@@ -133,6 +138,7 @@ class PatternSource:
         self.dose = dose
         self.clean = clean
         self.flat = flat
+        self.radius = radius
         self._rng = np.random.default_rng([_SPLIT_SEEDS[split], seed])
         self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
         self._noise = torch.Generator(self.device).manual_seed(int(self._rng.integers(2**62)))
@@ -216,17 +222,18 @@ class PatternSource:
         if self.clean:
             blur, psf = blur * 0 + 0.3, psf * 0
         tilted = torch.where(self._rand(n, 1) < 0.3, 0.1 * self._randn(n, 2).clamp(-1, 1), 0.0)
+        pattern_of_aperture = self._choose_aperture(n)
         pad = 16
         frames = detector.render_disks(
             coefficients, position + pad, matrix, fraction, (self.size + 2 * pad, self.size + 2 * pad),
-            electrons=elastic, edge_blur_px=blur, illumination=tilted,
+            electrons=elastic, edge_blur_px=blur, illumination=tilted, transmission=pattern_of_aperture,
         )  # fmt: skip
-        probe = self._draw_probe(matrix, fraction, radius, dose, blur, psf, tilted)
+        probe = self._draw_probe(matrix, fraction, radius, dose, blur, psf, tilted, pattern_of_aperture)
         frames = self._inelastic(frames, psf, px)[:, pad:-pad, pad:-pad]
         frames = self._add_backgrounds(frames, origin, px, dose * tds, dose * lorentz, dose * glass)
         frames = detector.count_electrons(frames, self._noise)
         if not self.clean:
-            frames = self._add_faults(frames, origin, radius)
+            frames = self._add_faults(frames, origin, radius, dose)
         spots = self._list_spots(which, position, coefficients, fraction, elastic, radius)
         optics = torch.stack((t["energy"][which], aperture * fraction), dim=-1)
         return TrainingBatch(frames, probe, *spots, radius, dose, origin, optics)
@@ -267,11 +274,14 @@ class PatternSource:
         n = len(aperture)
         u = self._rand(n)
         radius = torch.where(self._rand(n) < 0.75, _log_uniform(u, 4.0, 12.0), _log_uniform(u, 2.5, 25.0))
+        if self.radius is not None:
+            radius = _log_uniform(u, *self.radius)
         ratio = spacing / aperture
         # a few spots at least: spacing below a fifth to a half of the frame
         spread = 0.15 + 0.35 * self._rand(n) ** 2
-        radius = torch.minimum(torch.maximum(radius, 10 / ratio), spread * max(self.size, 128) / ratio)
-        radius = radius.clamp(2.5, 25.0)
+        if self.radius is None:
+            radius = torch.minimum(torch.maximum(radius, 10 / ratio), spread * max(self.size, 128) / ratio)
+            radius = radius.clamp(2.5, 25.0)
         angle = 2 * math.pi * self._rand(n)
         cos, sin = torch.cos(angle), torch.sin(angle)
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
@@ -301,6 +311,18 @@ class PatternSource:
             u < 0.6, low, torch.where(u < 0.85, _log_uniform(v, 1e5, 1e6), _log_uniform(v, 1e6, 1e7))
         )
 
+    def _choose_aperture(self, n: int) -> Tensor | None:
+        """Transmission (n, K, K) if any sample of the batch has a bullseye aperture."""
+        some = self._rand(n) < (0.0 if self.clean else 0.06)
+        if not bool(some.any()):
+            return None
+        which = self._randint(len(_BULLSEYES), n)
+        patterns = torch.stack(
+            [detector.bullseye(rings, fill=fill, spokes=bars) for rings, fill, bars in _BULLSEYES]
+        )
+        patterns = patterns.to(self.device)
+        return torch.where(some[:, None, None], patterns[which], torch.ones_like(patterns[:1]))
+
     def _draw_probe(
         self,
         matrix: Tensor,
@@ -310,6 +332,7 @@ class PatternSource:
         blur: Tensor,
         psf: Tensor,
         tilted: Tensor,
+        transmission: Tensor | None,
     ) -> Tensor:
         n = len(matrix)
         crop = min(self.size, 64 if float(radius.max()) < 24 else 96)
@@ -319,7 +342,7 @@ class PatternSource:
         electrons = (dose * _log_uniform(self._rand(n), 5.0, 100.0)).clamp_min(2e4)
         image = detector.render_disks(
             disk, centre, matrix, fraction, (crop, crop),
-            electrons=electrons, edge_blur_px=blur, illumination=tilted,
+            electrons=electrons, edge_blur_px=blur, illumination=tilted, transmission=transmission,
         )  # fmt: skip
         image = detector.blur_frames(image, psf_px=psf)
         image = detector.count_electrons(image, self._noise)
@@ -379,8 +402,14 @@ class PatternSource:
             )
         return frames
 
-    def _add_faults(self, frames: Tensor, origin: Tensor, radius: Tensor) -> Tensor:
+    def _add_faults(self, frames: Tensor, origin: Tensor, radius: Tensor, dose: Tensor) -> Tensor:
         n = len(frames)
+        some = (self._rand(n) < 0.2) & (dose <= 5e4)
+        if some.any():
+            share = 0.2 + 0.4 * self._rand(int(some.sum()))
+            frames[some] = detector.spread_counts(
+                frames[some], share, self._noise, binary=bool(self._rand(1) < 0.5)
+            )
         peak = frames.flatten(1).amax(1)
         some = self._rand(n) < 0.12
         if some.any():
@@ -404,6 +433,15 @@ class PatternSource:
                 frames[some], origin[some], radius[some] * (2.4 + 3.6 * self._rand(m)),
                 2 * math.pi * self._rand(m), 0.05 * self._rand(m),
             ).round()  # fmt: skip
+        some = self._rand(n) < 0.05
+        if some.any():
+            m = int(some.sum())
+            frames[some] = detector.module_gaps(
+                frames[some], self._randint(self.size, m), 2 + self._randint(3, m), self._randint(2, m)
+            )
+        some = self._rand(n) < 0.03
+        if some.any():
+            frames[some] = detector.change_contrast(frames[some], 0.25 + 0.75 * self._rand(int(some.sum())))
         return frames
 
     def _list_spots(

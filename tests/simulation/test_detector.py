@@ -198,3 +198,63 @@ def test_beam_stop__covers_the_direct_beam_and_leaves_the_far_side():
     assert frames[16, 16] == 0
     assert frames[16, 31] == 0
     assert frames[16, 2] == 1
+
+
+def test_bullseye__has_unit_mean_over_the_aperture_and_opaque_rings():
+    image = detector.bullseye(3, fill=0.5, size=128)
+    grid = torch.linspace(-1, 1, 128)
+    rho = torch.hypot(grid[:, None], grid)
+    assert image[rho <= 1].mean().item() == pytest.approx(1, abs=1e-5)
+    assert image[64, 64] > 1.5
+    opaque = (image < 0.1) & (rho <= 1)
+    assert opaque.float().sum() / (rho <= 1).sum() == pytest.approx(0.40, abs=0.05)
+    # from the centre to the rim: open, then three opaque rings
+    line = (image[64, 64:] > 0.5 * image[64, 64]).int()
+    assert int((line[:-1] - line[1:]).clamp_min(0).sum()) == 3
+
+
+def test_render_disks__a_patterned_aperture_keeps_electrons_and_centre():
+    image = detector.render_disks(
+        flat_disks(1.0),
+        torch.tensor([[[24.3, 23.8]]]),
+        isotropic(12.0),
+        torch.ones(1),
+        (48, 48),
+        transmission=detector.bullseye(2, size=64)[None],
+    )[0]
+    assert image.sum().item() == pytest.approx(1, rel=0.02)
+    torch.testing.assert_close(centroid(image).float(), torch.tensor([24.3, 23.8]), atol=0.01, rtol=0)
+    assert image[24, 24] > 5 * image[24, 24 + 4]  # first opaque ring
+
+
+def test_module_gaps__blank_a_band_and_nothing_else():
+    frames = torch.ones(2, 16, 20)
+    out = detector.module_gaps(frames, torch.tensor([3, 5]), torch.tensor([2, 4]), torch.tensor([0, 1]))
+    assert float(out[0, 3:5].sum()) == 0
+    assert float(out[1, :, 5:9].sum()) == 0
+    assert float(out[0].sum()) == 320 - 40
+    assert float(out[1].sum()) == 320 - 64
+
+
+def test_spread_counts__adds_the_share_of_neighbours_and_keeps_the_centre():
+    counts = torch.zeros(1, 41, 41)
+    counts[0, 20, 20] = 40_000
+    out = detector.spread_counts(counts, torch.tensor([0.4]), torch.Generator().manual_seed(0))
+    assert out[0, 20, 20] == 40_000
+    assert (out.sum() / 40_000).item() == pytest.approx(1.4, abs=0.01)
+    for y, x in ((19, 20), (21, 20), (20, 19), (20, 21)):
+        assert out[0, y, x].item() == pytest.approx(4000, abs=300)
+
+
+def test_spread_counts__nothing_wraps_around_and_binary_counts_once():
+    counts = torch.zeros(1, 8, 8)
+    counts[0, 0, 0] = 1000
+    out = detector.spread_counts(counts, torch.ones(1), torch.Generator().manual_seed(0), binary=True)
+    assert float(out[0, -1].sum() + out[0, :, -1].sum()) == 0
+    assert float(out.max()) == 1
+
+
+def test_change_contrast__keeps_zero_and_the_maximum():
+    frames = torch.tensor([[[0.0, 4.0], [16.0, 1.0]]])
+    out = detector.change_contrast(frames, torch.tensor([0.5]))
+    torch.testing.assert_close(out, torch.tensor([[[0.0, 8.0], [16.0, 4.0]]]))

@@ -143,3 +143,9 @@ def test_batch__can_be_drawn_on_a_gpu(pool):
 
 def test_training_crystals__never_include_the_benchmark_families():
     assert not {"diamond", "rutile", "chalcopyrite"} & {c.prototype for c in training_crystals("train")}
+
+
+def test_pattern_source__draws_the_radius_asked_for(source):
+    chosen = PatternSource("train", 128, seed=1, pool=source.pool, radius=(2.0, 2.5)).batch(6)
+    assert float(chosen.radius.min()) >= 2.0
+    assert float(chosen.radius.max()) <= 2.5
