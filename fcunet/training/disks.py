@@ -31,6 +31,9 @@ class DiskLossConfig:
         Of the offset's likelihood and of the two amplitude terms.
     beta : float
         Weighting of the likelihood by sigma, see :class:`fcunet.training.losses.LossConfig`.
+    absolute_weight : float
+        Of the amplitude in volts beside the amplitude with the best scale for its pattern: a thin crystal
+        shows thickness times potential alone, and there volts cannot be told.
     forbidden_weight : float
         Of a lit forbidden reflection beside an allowed one.
     half_visible_electrons : float
@@ -40,6 +43,7 @@ class DiskLossConfig:
     position_weight: float = 1.0
     amplitude_weight: float = 2.0
     beta: float = 0.25
+    absolute_weight: float = 0.2
     forbidden_weight: float = 2.0
     half_visible_electrons: float = 20.0
 
@@ -51,6 +55,7 @@ class Proposals(NamedTuple):
     truth: Tensor  # (n, P, 2) px, NaN where there is no disk
     amplitude: Tensor  # (n, P) volts
     electrons: Tensor  # (n, P)
+    direct: Tensor  # (n, P) bool: the direct beam
 
     @property
     def real(self) -> Tensor:
@@ -80,11 +85,13 @@ def propose(batch: Batch) -> Proposals:
     empty = torch.rand(n, _FALSE_SLOTS, 2, device=device) * (frame - 1)
     some = torch.rand(n, _FALSE_SLOTS, 1, device=device) < _FALSE_SHARE
     nothing = torch.full((n, _FALSE_SLOTS), torch.nan, device=device)
+    direct = (truth - batch.origin[:, None]).square().sum(-1) < 4  # px^2
     return Proposals(
         position=torch.cat((position.gather(1, pair), torch.where(some, empty, torch.nan)), dim=1),
         truth=torch.cat((truth.gather(1, pair), nothing[..., None].expand(-1, -1, 2)), dim=1),
         amplitude=torch.cat((batch.spot_amplitude.gather(1, order), nothing), dim=1),
         electrons=torch.cat((batch.spot_electrons.gather(1, order), nothing), dim=1),
+        direct=torch.cat((direct.gather(1, order), torch.zeros_like(nothing, dtype=torch.bool)), dim=1),
     )
 
 
@@ -118,8 +125,9 @@ def disk_losses(
 
     Notes
     -----
-    The amplitude is judged twice: as |V_g| in units of the mean of its pattern, absolute error, which is the
-    R factor; and as its square root (Charbonnier), whose gradient does not vanish at 0.
+    The amplitude is judged as |V_g| in units of the mean of its pattern, absolute error, which is the R
+    factor; and as its square root (Charbonnier), whose gradient does not vanish at 0. Both with the best
+    scale for each pattern, the direct beam left out, and to a smaller part as they are.
     """
     config = config or DiskLossConfig()
     real = proposals.real
@@ -137,15 +145,27 @@ def disk_losses(
     electrons = proposals.electrons[real]
     truth = proposals.amplitude[real] / AMPLITUDE_UNIT_V
     root = reading.root_amplitude[real]
-    guess = root.clamp_min(0).square() + 0.2 * root.clamp_max(0)  # below 0: a slope that leads back
     owner = torch.arange(n, device=real.device)[:, None].expand(n, p)[real]
-    ones = torch.ones_like(truth)
-    mean = truth.new_zeros(n).index_add_(0, owner, truth)
-    mean = mean / truth.new_zeros(n).index_add_(0, owner, ones).clamp_min(1)
+
+    def per_pattern(values: Tensor) -> Tensor:
+        return values.new_zeros(n).index_add_(0, owner, values)[owner]
+
     weight = electrons / (electrons + config.half_visible_electrons)
     weight = weight * torch.where(truth == 0, config.forbidden_weight, 1.0)
-    relative = (guess - truth).abs() / (mean[owner] + 0.05)
-    rooted = ((root - truth.sqrt()).square() + 1e-3).sqrt()
-    amplitude = ((relative + rooted) * weight).sum() / weight.sum().clamp_min(1e-6)
+    scattered = (~proposals.direct[real]).to(weight)
+    guess = root.clamp_min(0).square()
+    power = per_pattern(weight * scattered * guess.square())
+    scale = (per_pattern(weight * scattered * guess * truth) + 1e-3) / (power + 1e-3)
+    scale = scale.clamp(0.2, 5.0)
+    mean = per_pattern(truth * scattered) / per_pattern(scattered).clamp_min(1) + 0.05
+    guess = guess + 0.2 * root.clamp_max(0)  # below 0: a slope that leads back
+
+    def judge(factor: Tensor, weight: Tensor) -> Tensor:
+        relative = (factor * guess - truth).abs() / mean
+        rooted = ((factor.sqrt() * root - truth.sqrt()).square() + 1e-3).sqrt()
+        return ((relative + rooted) * weight).sum() / weight.sum().clamp_min(1e-6)
+
+    amplitude = judge(scale, weight * scattered)
+    amplitude = amplitude + config.absolute_weight * judge(torch.ones_like(scale), weight)
     total = config.position_weight * position + config.amplitude_weight * amplitude
     return Losses(total, torch.zeros_like(total).detach(), position.detach(), amplitude.detach())

@@ -2,7 +2,8 @@
 
 Every figure is a plain number per set of patterns; sets differ in dose. Amplitudes are judged beside two
 controls that know nothing of the crystal, each granted its best scale for every single pattern: the square
-root of the disk intensity, and a smooth fall-off with distance from the centre.
+root of the disk intensity, and a smooth fall-off with distance from the direct beam, which itself is left
+out.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ class Batch(Protocol):
     spot_position: Tensor
     spot_amplitude: Tensor
     spot_electrons: Tensor
+    origin: Tensor
     optics: Tensor
 
     def to(self, device: torch.device | str, /) -> Self: ...
@@ -127,11 +129,12 @@ class Totals:
         """Keep what the figures need of one batch."""
         strain, uniform = (affine_error(matches, batch.spot_position, weighted=w) for w in (True, False))
         electrons = torch.nan_to_num(batch.spot_electrons)
-        size = torch.tensor(batch.pattern.shape[-2:], device=electrons.device)
-        radius2 = torch.nan_to_num((batch.spot_position - size / 2).square().sum(-1), nan=0.0)
+        radius2 = torch.nan_to_num((batch.spot_position - batch.origin[:, None]).square().sum(-1), nan=0.0)
         keep = matches.found & matches.wanted
+        beams = keep & (radius2 > 4)  # px: the direct beam has no |V_g|, and would decide every scale
         truth = torch.nan_to_num(batch.spot_amplitude)
-        controls = _controls(truth, electrons, radius2, keep)
+        controls = _controls(truth, electrons, radius2, beams)
+        scale = _best_scale(truth, matches.amplitude.nan_to_num(), beams)
         self.rows.append(
             {
                 "wanted": matches.wanted.sum(1),
@@ -142,15 +145,13 @@ class Totals:
                 "sigma": matches.sigma[keep],
                 "strain": strain.flatten(1),
                 "strain_uniform": uniform.flatten(1),
-                "truth": truth[keep],
-                "predicted": matches.amplitude[keep],
-                "rescaled": (_best_scale(truth, matches.amplitude.nan_to_num(), keep) * matches.amplitude)[
-                    keep
-                ],
-                "root": controls[0][keep],
-                "blind": controls[1][keep],
-                "suppression": _forbidden_ratio(matches.amplitude, truth, electrons, keep),
-                "suppression_input": _forbidden_ratio(electrons.sqrt(), truth, electrons, keep),
+                "truth": truth[beams],
+                "predicted": matches.amplitude[beams],
+                "rescaled": (scale * matches.amplitude)[beams],
+                "root": controls[0][beams],
+                "blind": controls[1][beams],
+                "suppression": _forbidden_ratio(matches.amplitude, truth, electrons, beams),
+                "suppression_input": _forbidden_ratio(electrons.sqrt(), truth, electrons, beams),
             }
         )
 

@@ -13,6 +13,7 @@ class ToyBatch(NamedTuple):
     spot_position: Tensor
     spot_amplitude: Tensor
     spot_electrons: Tensor
+    origin: Tensor
     optics: Tensor
 
     def to(self, device: torch.device | str) -> "ToyBatch":
@@ -44,7 +45,8 @@ class ToySource:
         g = length[..., None] * torch.stack((turn.sin(), turn.cos()), -1)  # (n, 2, 2)
         k = torch.arange(-4.0, 5.0)
         hk = torch.stack(torch.meshgrid(k, k, indexing="ij"), -1).reshape(-1, 2)  # (S, 2)
-        position = half + self._uniform(-3, 3, n, 1, 2) + hk @ g  # (n, S, 2)
+        origin = half + self._uniform(-3, 3, n, 2)
+        position = origin[:, None] + hk @ g  # (n, S, 2)
         amplitude = self._uniform(0, 1, n, len(hk)).square() * 8
         amplitude[self._uniform(0, 1, n, len(hk)) < 0.1] = 0  # forbidden, yet lit
         intensity = amplitude.square() + 2 * self._uniform(0, 1, n, len(hk)).square()
@@ -64,7 +66,7 @@ class ToySource:
         electrons[outside], amplitude[outside] = 0.0, 0.0
         pattern = torch.poisson(expected * scale[:, None, None], generator=self.generator)
         optics = torch.tensor([[200.0, 0.08]]).expand(n, 2)
-        return ToyBatch(pattern, centre, position, amplitude, electrons, optics)
+        return ToyBatch(pattern, centre, position, amplitude, electrons, origin, optics)
 
 
 @pytest.fixture
