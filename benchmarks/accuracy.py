@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from scipy.ndimage import gaussian_filter
 
 from fcunet.cluster import connect
 from fcunet.config import Config
@@ -58,6 +59,23 @@ def exact_reference(lattice: xr.Dataset, vectors: np.ndarray) -> np.ndarray:
     return np.array([vectors[np.hypot(*(vectors - g).T).argmin()] for g in found])
 
 
+def blurred(frames: np.ndarray, psf_px: float, background: float) -> np.ndarray:
+    """Frames (..., qy, qx) with a Gaussian point spread and a share of their intensity as a broad hump.
+
+    The hump is a Gaussian about the middle, a third of the frame wide: thermal diffuse scattering.
+    """
+    if psf_px:
+        axes = (frames.ndim - 2, frames.ndim - 1)
+        frames = gaussian_filter(frames, psf_px, axes=axes, mode="constant", truncate=6)
+    if background:
+        height, width = frames.shape[-2:]
+        y, x = np.ogrid[:height, :width]
+        hump = np.exp(-0.5 * (((y - height // 2) ** 2 + (x - width // 2) ** 2) / (width / 3) ** 2))
+        total = frames.sum(axis=(-2, -1), keepdims=True)
+        frames = (1 - background) * frames + background * total * hump / hump.sum()
+    return frames.astype(np.float32)
+
+
 def noisy(scan: np.ndarray, dose: float, seed: int) -> np.ndarray:
     """Counts at `dose` electrons per pattern; without noise for an infinite dose."""
     if np.isinf(dose):
@@ -83,10 +101,21 @@ def wavelength(energy_keV: float) -> float:
     return 12.2643 / np.sqrt(energy_keV * 1e3 * (1 + 0.97845e-6 * energy_keV * 1e3))
 
 
-def evaluate(folder: Path, doses: list[float], work: Path, methods: list[str]) -> list[dict]:
+def evaluate(
+    folder: Path,
+    doses: list[float],
+    work: Path,
+    methods: list[str],
+    *,
+    psf_px: float = 0.0,
+    background: float = 0.0,
+) -> list[dict]:
     """One row per dose and method."""
     meta = json.loads((folder / "meta.json").read_text())
     scan, truth = np.load(folder / "scan.npy"), np.load(folder / "truth.npz")
+    scan = blurred(scan, psf_px, background)
+    probe = work / "probe.npy"
+    np.save(probe, blurred(np.load(folder / "probe.npy"), psf_px, 0.0))
     known = xr.Dataset({c: (SCAN_DIMS, truth[c]) for c in STRAIN_COMPONENTS}, attrs={"frame": "scan"})
     vectors = in_plane_vectors(meta)
     rows = []
@@ -104,7 +133,7 @@ def evaluate(folder: Path, doses: list[float], work: Path, methods: list[str]) -
                     beam_energy_keV=meta["beam_energy_keV"],
                     convergence_semiangle_mrad=meta["convergence_semiangle_mrad"],
                     scan_rotation_degree=0.0,
-                    probe=folder / "probe.npy",
+                    probe=probe,
                     progress=False,
                 )
                 array.unlink()
@@ -160,6 +189,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what benchmarks.abtem_scan wrote")
     parser.add_argument("--dose", default="inf,1e6,1e5,1e4", help="electrons per pattern, with commas")
     parser.add_argument("--methods", default=";".join(METHODS), help="which, with semicolons")
+    parser.add_argument("--psf", type=float, default=0.0, help="Gaussian point spread of the detector, px")
+    parser.add_argument("--background", type=float, default=0.0, help="share of the electrons, 0 to 1")
     parser.add_argument("--work", type=Path, help="stores and runs [FOLDER/runs]")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -167,16 +198,23 @@ def main() -> None:
         parser.error(
             f"{options.folder} holds no scan; make one: python -m benchmarks.abtem_scan {options.folder}"
         )
-    work = options.work or options.folder / "runs"
+    name = f"runs_psf{options.psf:g}_background{options.background:g}"
+    work = options.work or options.folder / (name if options.psf or options.background else "runs")
     work.mkdir(parents=True, exist_ok=True)
     print("rms errors and biases x 1e-3; in 1 s, in 2 s: share of true values inside 1 and 2 error bars")
     print(HEADER)
     rows = evaluate(
-        options.folder, [float(d) for d in options.dose.split(",")], work, options.methods.split(";")
+        options.folder,
+        [float(d) for d in options.dose.split(",")],
+        work,
+        options.methods.split(";"),
+        psf_px=options.psf,
+        background=options.background,
     )
     if options.out:
         facts = {
-            "command": f"python -m benchmarks.accuracy {options.folder.name} --dose {options.dose}",
+            "command": f"python -m benchmarks.accuracy {options.folder.name} --dose {options.dose}"
+            + f" --psf {options.psf:g} --background {options.background:g}",
             "data": json.loads((options.folder / "meta.json").read_text()),
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {platform.system()}",
