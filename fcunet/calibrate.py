@@ -6,7 +6,6 @@ opened. Every number can be overridden; those that are uncertain say so in `Cali
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,18 +15,16 @@ from scipy import ndimage as ndi
 
 from . import schema
 from .calibration import Calibration
-from .kernels.beam import aligned_mean, fill, find_bad_pixels, fit_plane, peak_near, plane_map
+from .kernels.beam import aligned_mean, fill, find_bad_pixels
+from .kernels.descan import find_centres, fit_surface, surface_at
 from .kernels.probe import (
     DiskFit,
     disk_profiles,
     disk_sum,
-    edge_response,
     find_disks_by_edge,
     find_disks_of_any_size,
     fit_disk,
     fit_profile,
-    response_noise,
-    stabilise,
     synthetic_probe,
     vote_radius,
     weighted_quantile,
@@ -40,7 +37,6 @@ __all__ = [
     "Sample",
     "calibrate",
     "find_bad_pixels",
-    "measure_origin",
     "read_sample",
     "synthetic_probe",
 ]
@@ -49,13 +45,13 @@ MIN_SIGNIFICANCE = 6.0
 SMALL_RADIUS_PX = 8.0
 
 
-def _sums(sample: Sample, patterns: NDArray) -> NDArray[np.float64]:
+def summed_patches(sample: Sample, patterns: NDArray) -> NDArray[np.float64]:
     """Summed pattern of each patch, (n_patches, qy, qx): one lattice, more electrons."""
     groups = [patterns[sample.patch == p] for p in np.unique(sample.patch)]
     return np.stack([aligned_mean(g, np.zeros((len(g), 2))) * len(g) for g in groups])
 
 
-def _require_counts(patterns: NDArray) -> None:
+def require_counts(patterns: NDArray) -> None:
     if not np.nansum(np.abs(patterns)) > 0:
         raise ValueError(
             f"the {len(patterns)} sampled patterns hold no counts; is the beam blanked, or "
@@ -63,7 +59,7 @@ def _require_counts(patterns: NDArray) -> None:
         )
 
 
-def _survey(patterns: NDArray, sums: NDArray) -> float:
+def survey_radius(patterns: NDArray, sums: NDArray) -> float:
     """Radius of the disks to about 10 %; ValueError if there are none."""
     chosen = np.linspace(0, len(sums) - 1, min(len(sums), 6)).round().astype(int)
     total = (aligned_mean(patterns, np.zeros((len(patterns), 2))) * len(patterns))[None]
@@ -96,88 +92,24 @@ def _direct_beam(image: NDArray, radius: float) -> tuple[NDArray[np.float64], bo
     return disks.position[order[0]], bool(ambiguous)
 
 
-def _predict(plane: NDArray, position: NDArray) -> NDArray[np.float64]:
-    """Beam centre (n, 2) of the scan positions (n, 2)."""
-    return np.concatenate([np.ones((len(position), 1)), position], axis=1) @ plane.T
-
-
 def _rough_plane(sample: Sample, sums: NDArray, radius: float) -> NDArray[np.float64]:
     """Beam centre over the scan from the patches; robust against a Bragg disk that wins in some of them."""
     found = np.stack([_direct_beam(fill(image), radius)[0] for image in sums])
     middle = np.stack([sample.position[sample.patch == p].mean(0) for p in np.unique(sample.patch)])
-    return fit_plane(middle, found, slack_px=radius)[0]
+    return fit_surface(middle, found, slack_px=radius)[0]
 
 
 def _track(
     sample: Sample, patterns: NDArray, plane: NDArray, radius: float, reach: float, width: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Beam centre in every pattern, (n, 2), within `reach` of a plane, and the plane through them."""
-    predicted = _predict(plane, sample.position)
-    centres = np.empty((len(patterns), 2))
-    for first in range(0, len(patterns), 8):
-        some = slice(first, first + 8)
-        images = np.stack([stabilise(p) for p in patterns[some]])
-        response = edge_response(images, np.array([radius]), width_px=width)[0]
-        near = zip(response, predicted[some], strict=True)
-        centres[some] = [peak_near(r, p, reach, 4 * response_noise(r)) for r, p in near]
-    return centres, fit_plane(sample.position, centres)[0]
+    centres = find_centres(
+        patterns, surface_at(plane, sample.position), radius_px=radius, reach_px=reach, width_px=width
+    )
+    return centres, fit_surface(sample.position, centres)[0]
 
 
-def measure_origin(
-    datacube: xr.Dataset,
-    *,
-    radius_px: float | None = None,
-    centre: tuple[float, float] | None = None,
-    n_patterns: int = N_PATTERNS,
-    seed: int = 0,
-) -> xr.Dataset:
-    """Centre of the direct beam over the scan: measured on a sample, a plane fitted robustly through it.
-
-    Parameters
-    ----------
-    datacube : Dataset
-        `intensity` (scan_y, scan_x, qy, qx).
-    radius_px : float, optional
-        Radius of the disks; measured if not given.
-    centre : tuple of float, optional
-        (y, x) px near which to look; needed where a Bragg disk outshines the direct beam.
-    n_patterns, seed : int
-        As in `read_sample`.
-
-    Returns
-    -------
-    Dataset
-        `origin_qy`, `origin_qx` (scan_y, scan_x) px, the planes; `residual_qy`, `residual_qx` of the sampled
-        positions, NaN elsewhere.
-
-    Raises
-    ------
-    ValueError
-        If no direct beam is found in any sampled pattern, or none within reach of `centre`.
-    """
-    sample = read_sample(datacube, n_patterns=n_patterns, seed=seed)
-    hot, dead = find_bad_pixels(sample.patterns)
-    patterns = np.where(hot | dead, np.nan, sample.patterns)
-    _require_counts(patterns)
-    sums = _sums(sample, patterns)
-    radius = _survey(patterns, sums) if radius_px is None else float(radius_px)
-    centres, plane = _measure_centres(sample, patterns, sums, radius, centre)
-    if np.isnan(plane).any():
-        where = "in the sampled patterns" if centre is None else f"near {tuple(centre)}"
-        raise ValueError(f"no disk of radius {radius:.1f} px {where}; give its position: --centre Y,X (px)")
-    shape = (datacube.sizes["scan_y"], datacube.sizes["scan_x"])
-    origin = plane_map(plane, shape)
-    residual = np.full((*shape, 2), np.nan)
-    at = tuple(sample.position.T)
-    residual[at] = centres - origin[at]
-    attrs = {"units": schema.UNIT_PIXEL}
-    names = {"origin_qy": origin[..., 0], "origin_qx": origin[..., 1]}
-    names |= {"residual_qy": residual[..., 0], "residual_qx": residual[..., 1]}
-    coords = {d: datacube[d] for d in schema.SCAN_DIMS if d in datacube.coords}
-    return xr.Dataset({k: (schema.SCAN_DIMS, v, attrs) for k, v in names.items()}, coords=coords)
-
-
-def _measure_centres(
+def direct_beam_centres(
     sample: Sample, patterns: NDArray, sums: NDArray, radius: float, centre: tuple[float, float] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centre of the direct beam in every pattern (n, 2), and their plane (2, 3); NaN if none is found."""
@@ -401,24 +333,29 @@ def calibrate(
             f"(value {np.nanmax(patterns):g}): the direct beam is clipped, its intensity cannot be trusted"
         )
 
-    _require_counts(patterns)
-    sums = _sums(sample, patterns)
+    require_counts(patterns)
+    sums = summed_patches(sample, patterns)
     stored_fit = None if template is None else _fit_probe(template)
     known = probe_radius_px or (stored_fit.radius_px if stored_fit else None)
     try:
-        coarse = float(probe_radius_px) if probe_radius_px else _survey(patterns, sums)
+        coarse = float(probe_radius_px) if probe_radius_px else survey_radius(patterns, sums)
     except ValueError:
         if not known:
             raise
         coarse = float(known)
     beam_radius = max(coarse, _blob_radius(sample.saturated > 0.5)) if saturated_fraction else coarse
-    centres, plane = _measure_centres(sample, patterns, sums, beam_radius, centre)
+    stored_origin = _stored_origin(datacube)
+    if stored_origin is None:
+        centres, plane = direct_beam_centres(sample, patterns, sums, beam_radius, centre)
+    else:
+        centres = stored_origin[tuple(sample.position.T)]
+        plane = fit_surface(sample.position, centres)[0]
     found = np.asarray(np.isfinite(centres).all(1))
     images = sums
     if len(sums) > 1 and found.any():
         shift = np.rint(centres[found].mean(0)) - centres[found]
         images = np.concatenate([aligned_mean(patterns[found], shift)[None], sums])
-    if centre is None and _direct_beam(fill(images[0]), beam_radius)[1]:
+    if centre is None and stored_origin is None and _direct_beam(fill(images[0]), beam_radius)[1]:
         notes.append(
             "another disk is nearly as strong as the direct beam: the centre may be that of a Bragg disk "
             "(if so: --centre Y,X)"
@@ -449,11 +386,11 @@ def calibrate(
     if np.isnan(plane).any():
         notes.append("no direct beam found; the middle of the detector is taken for its centre")
         plane = np.array([[(detector[0] - 1) / 2, 0, 0], [(detector[1] - 1) / 2, 0, 0]])
-    elif radius >= SMALL_RADIUS_PX and fit.n_disks and not saturated_fraction:
+    elif stored_origin is None and radius >= SMALL_RADIUS_PX and fit.n_disks and not saturated_fraction:
         # once more, with rings as narrow as the edge: half the scatter
         centres, plane = _track(sample, patterns, plane, radius, 0.5 * radius + 1.5, max(0.7, 1.2 * edge))
         found = np.asarray(np.isfinite(centres).all(1))
-    residual = np.linalg.norm((centres - _predict(plane, sample.position))[found], axis=1)
+    residual = np.linalg.norm((centres - surface_at(plane, sample.position))[found], axis=1)
     origin_std = float(np.median(residual) / 1.1774) if len(residual) > 2 else math.nan  # Rayleigh
     if found.mean() < 0.5:
         notes.append(f"the direct beam was found in only {found.sum()} of {len(found)} sampled patterns")
@@ -486,7 +423,7 @@ def calibrate(
     if edge_boundary is None:
         edge_boundary = max(1, min(math.ceil(radius + edge), min(detector) // 8))
     middle = np.array([1.0, (scan_shape[0] - 1) / 2, (scan_shape[1] - 1) / 2])
-    calibration = Calibration(
+    return Calibration(
         centre=(float(plane[0] @ middle), float(plane[1] @ middle)),
         probe_radius_px=float(radius),
         edge_sigma_px=float(edge),
@@ -510,11 +447,16 @@ def calibrate(
         beam_energy_keV=_positive(datacube.attrs, "beam_energy_keV"),
         aperture_radius=aperture,
         warnings=tuple(notes),
+        origin_stored=stored_origin,
     )
-    if "origin_qy" in datacube and "origin_qx" in datacube:
-        stored = np.stack([datacube["origin_qy"].values, datacube["origin_qx"].values], axis=-1).astype(float)
-        calibration = replace(calibration, origin_stored=stored)
-    return calibration
+
+
+def _stored_origin(datacube: xr.Dataset) -> NDArray[np.float64] | None:
+    """Beam centre (scan_y, scan_x, 2) kept with the scan, None without one."""
+    if not {"origin_qy", "origin_qx"} <= set(datacube):
+        return None
+    stored = np.stack([datacube["origin_qy"].values, datacube["origin_qx"].values], axis=-1).astype(float)
+    return stored if np.isfinite(stored).all() else None
 
 
 def _blob_radius(mask: NDArray[np.bool_]) -> float:

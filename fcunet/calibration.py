@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.beam import plane_map
+from .kernels.descan import surface_map
 from .kernels.probe import synthetic_probe
 
 _MAY_BE_UNKNOWN = (
@@ -85,7 +85,7 @@ class Calibration:
         """Beam centre at every position, (scan_y, scan_x, 2) in px: as stored, else the fitted plane."""
         if self.origin_stored is not None:
             return self.origin_stored
-        return plane_map(self.origin_plane, self.scan_shape)
+        return surface_map(self.origin_plane, self.scan_shape)
 
     @property
     def descan_px(self) -> float:

@@ -32,6 +32,7 @@ from . import schema
 from .calibration import Calibration
 from .config import DetectionConfig
 from .datacube import read_region
+from .kernels.descan import surface_at
 from .layout import BlockGrid
 from .store import block_grid, set_status, write_peaks_block
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
@@ -402,7 +403,7 @@ def _origin(calibration: Calibration, ys: slice, xs: slice) -> np.ndarray:
     if calibration.origin_stored is not None:
         return calibration.origin_stored[ys, xs]
     y, x = np.mgrid[ys, xs]
-    return np.stack([np.ones_like(y), y, x], axis=-1) @ calibration.origin_plane.T
+    return surface_at(calibration.origin_plane, np.stack([y, x], axis=-1))
 
 
 def _check_run(job: TileJob) -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 from scipy import ndimage as ndi
 from scipy.special import erfc
 
-from fcunet.calibrate import calibrate, measure_origin
+from fcunet.calibrate import calibrate
 from fcunet.calibration import Calibration
 from fcunet.kernels.probe import fit_disk, synthetic_probe
 from fcunet.sample import read_sample
@@ -214,19 +214,6 @@ def test_calibrate__refuses_noise_without_disks():
 def test_calibrate__refuses_a_mask_without_a_pixel(cube):
     with pytest.raises(ValueError, match="no pixel to use"):
         calibrate(cube.assign(detector_mask=(("qy", "qx"), np.zeros((96, 90), dtype=bool))))
-
-
-def test_measure_origin__labels_the_plane_and_the_residuals(cube):
-    origin = measure_origin(cube, radius_px=5.0)
-    assert origin["origin_qy"].dims == ("scan_y", "scan_x")
-    truth = [[beam_centre(i, j)[1] for j in range(5)] for i in range(4)]
-    np.testing.assert_allclose(origin["origin_qx"], truth, atol=0.4)
-    assert float(np.abs(origin["residual_qy"]).median()) < 0.4
-
-
-def test_measure_origin__a_centre_far_from_any_disk_is_refused(cube):
-    with pytest.raises(ValueError, match="near .*--centre"):
-        measure_origin(cube.where(cube.qy > 30, 0), radius_px=5.0, centre=(8, 8))
 
 
 def test_read_sample__is_bounded_spread_and_repeatable(cube):

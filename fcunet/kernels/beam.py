@@ -1,4 +1,4 @@
-"""Helpers on stacks of patterns for calibration: bad pixels, aligned means, a plane through the beam centres.
+"""Helpers on stacks of patterns for calibration: bad pixels, aligned means, a peak near a point.
 
 NumPy and SciPy; positions and shifts are (y, x) in px, pixel centres at integers, missing = NaN.
 """
@@ -99,44 +99,3 @@ def peak_near(response: NDArray, start: NDArray, reach: float, floor: float = 0.
             if bend < 0:
                 point[axis] += float(np.clip(0.5 * (line[0] - line[2]) / bend, -0.5, 0.5))
     return point
-
-
-def fit_plane(
-    position: NDArray, value: NDArray, *, slack_px: float = 0.3
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Robust planes ``a + b y + c x`` through (n, 2) values: (2, 3) coefficients and the inliers.
-
-    Least median of squares over random triples, then least squares over the inliers; of least norm, so that a
-    scan of one row has no slope along y. Fewer than eight points give a constant.
-    """
-    good = np.isfinite(value).all(1)
-    if not good.any():
-        return np.full((2, 3), np.nan), good
-    p, v = position[good].astype(float), value[good]
-    middle = p.mean(0)
-    terms = np.concatenate([np.ones((len(p), 1)), p - middle], axis=1)
-    if len(p) < 8:
-        terms[:, 1:] = 0
-    rng = np.random.default_rng(0)
-    best, best_error = np.median(v, axis=0)[:, None] * np.array([1.0, 0, 0]), math.inf
-    for _ in range(200 if len(p) >= 8 else 0):
-        pick = rng.choice(len(p), 3, replace=False)
-        plane = np.linalg.lstsq(terms[pick], v[pick], rcond=1e-6)[0].T
-        error = float(np.median(np.sum((terms @ plane.T - v) ** 2, axis=1)))
-        if error < best_error:
-            best, best_error = plane, error
-    for _ in range(3):
-        distance = np.linalg.norm(terms @ best.T - v, axis=1)
-        inlier = distance <= max(slack_px, 3 * 1.4826 * float(np.median(distance)))
-        best = np.linalg.lstsq(terms[inlier], v[inlier], rcond=1e-6)[0].T
-    plane = best.copy()
-    plane[:, 0] -= best[:, 1:] @ middle
-    keep = good.copy()
-    keep[good] = inlier
-    return plane, keep
-
-
-def plane_map(plane: NDArray, shape: tuple[int, int]) -> NDArray[np.float64]:
-    """Planes (2, 3) as of `fit_plane` at every position of a scan, (scan_y, scan_x, 2)."""
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    return np.stack([np.ones_like(y), y, x], axis=-1) @ plane.T
