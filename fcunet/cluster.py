@@ -13,11 +13,13 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.core import Status
 from distributed.system import MEMORY_LIMIT
@@ -44,6 +46,29 @@ DASK_SETTINGS: dict[str, Any] = {
 }
 _GPU_THREADS = 3  # one computes while two read and decompress
 _WORKER_BYTES = 1.5 * 2**30  # a block of 128 MiB as stored and as batches, torch, and room to spare
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """The workers a run will have, as far as that is known before they start.
+
+    Attributes
+    ----------
+    count, threads : int
+        Worker processes, and blocks in hand of each.
+    memory : int or None
+        Bytes that each may use; None where a running scheduler knows.
+    gpu : bool
+        Whether each has a GPU.
+    local : bool
+        Whether they run on this machine.
+    """
+
+    count: int
+    threads: int
+    memory: int | None
+    gpu: bool
+    local: bool
 
 
 class WorkerSetup(WorkerPlugin):
@@ -169,6 +194,53 @@ def connect(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def plan_workers(cluster: str = "local", workers: int | None = None, *, device: str = "auto") -> WorkerPlan:
+    """The workers that :func:`connect` would start; nothing is started.
+
+    For the address of a running scheduler, its workers as they are now.
+
+    Raises
+    ------
+    ValueError, TimeoutError
+        As :func:`connect`.
+    """
+    if cluster == "local":
+        return _plan_local(workers, device)
+    if cluster.partition("://")[0] in ("tcp", "tls", "ucx"):
+        try:
+            with Client(cluster, timeout=5) as client:
+                infos = client.scheduler_info(n_workers=-1)["workers"].values()
+        except OSError as err:
+            raise TimeoutError(f"no Dask scheduler answers at {cluster}") from err
+        memory = min((int(info["memory_limit"]) for info in infos), default=0)
+        threads = max((int(info["nthreads"]) for info in infos), default=1)
+        return WorkerPlan(max(len(infos), 1), threads, memory or None, gpu=device != "cpu", local=False)
+    profile = read_profile(cluster)
+    if profile.settings.cluster == "local":
+        return _plan_local(workers or profile.settings.workers, device)
+    per_job = int(profile.jobs.get("processes") or max(1, profile.settings.gpus))
+    return WorkerPlan(
+        count=workers or profile.settings.workers,
+        threads=max(1, int(profile.jobs["cores"]) // per_job),
+        memory=parse_bytes(profile.jobs["memory"]) // per_job,
+        gpu=profile.settings.gpus > 0 and device != "cpu",
+        local=False,
+    )
+
+
+def _plan_local(workers: int | None, device: str) -> WorkerPlan:
+    gpus = 0 if device == "cpu" else count_gpus()
+    if gpus:
+        count, threads = workers or gpus, _GPU_THREADS
+    else:
+        fits = max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / _WORKER_BYTES)))
+        count = workers or fits
+        threads = max(1, fits // count)  # of few workers each does several blocks at once
+    share = min(1.0, threads / CPU_COUNT) if not gpus else 1 / count
+    memory = int(MEMORY_LIMIT * min(share, 1 / count))
+    return WorkerPlan(count, threads, memory, gpu=gpus > 0, local=True)
+
+
 def job_script(profile: str | Path, log_directory: str | Path) -> str:
     """The job script that a profile makes SLURM run for each job; nothing is submitted or written."""
     with tempfile.TemporaryDirectory() as folder:
@@ -180,13 +252,7 @@ def job_script(profile: str | Path, log_directory: str | Path) -> str:
 
 
 def _local(workers: int | None, device: str, dashboard_address: str, scratch: Path) -> Iterator[Client]:
-    gpus = 0 if device == "cpu" else count_gpus()
-    if gpus:
-        count, threads = workers or gpus, _GPU_THREADS
-    else:
-        fits = max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / _WORKER_BYTES)))
-        count = workers or fits
-        threads = max(1, fits // count)  # of few workers each does several blocks at once
+    plan = _plan_local(workers, device)
     numeric = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
     environment |= dict.fromkeys(numeric, 1)
@@ -194,8 +260,8 @@ def _local(workers: int | None, device: str, dashboard_address: str, scratch: Pa
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment}),
         LocalCluster(
-            n_workers=count,
-            threads_per_worker=threads,
+            n_workers=plan.count,
+            threads_per_worker=plan.threads,
             processes=True,
             host="127.0.0.1",
             dashboard_address=free_address(dashboard_address),
@@ -205,7 +271,7 @@ def _local(workers: int | None, device: str, dashboard_address: str, scratch: Pa
     ):
         for name, value in before.items():  # the nannies live in this process, and set them here too
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        client.register_plugin(WorkerSetup(pin_devices=gpus > 0, expect_gpu=gpus > 0, ignore_interrupt=True))
+        client.register_plugin(WorkerSetup(pin_devices=plan.gpu, expect_gpu=plan.gpu, ignore_interrupt=True))
         try:
             yield client
         finally:

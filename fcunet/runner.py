@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import shutil
 import threading
 import time
@@ -40,6 +39,7 @@ from .dashboard import RunPageFeed
 from .datacube import DamagedBlockError
 from .layout import BlockGrid
 from .lock import RunLock
+from .memory import peak_rss
 from .nn.weights import resolve_weights
 from .progress import Progress, duration
 from .provenance import provenance
@@ -47,9 +47,8 @@ from .results import analyse, public_settings
 from .session import Speaker, draining, log_to, write_text
 from .slurm import read_profile
 from .store import (
-    block_grid,
     create_peaks,
-    open_datacube,
+    open_region,
     open_results,
     open_truth,
     read_status,
@@ -249,19 +248,7 @@ def _plan(config: Config) -> _Run:
             "no datacube was given; name one: fcunet run SCAN.zarr, or Config(store='SCAN.zarr')"
         )
     store = Path(config.store)
-    datacube = open_datacube(store)
-    grid = block_grid(store)
-    if config.region is not None:
-        y0, y1, x0, x1 = config.region
-        ny, nx = grid.scan_shape
-        if y1 > ny or x1 > nx:
-            raise ValueError(
-                f"the region {y0}:{y1},{x0}:{x1} reaches beyond the scan of {ny} x {nx}; "
-                f"use at most 0:{ny},0:{nx}"
-            )
-        datacube = datacube.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
-        by, bx = grid.block_shape
-        grid = BlockGrid((y1 - y0, x1 - x0), (min(by, y1 - y0), min(bx, x1 - x0)))
+    datacube, grid = open_region(store, config.region)
     weights, sha256 = resolve_weights(config.detection.weights) if _uses_network(config) else (None, "")
     out = Path(config.out) if config.out is not None else Path("runs") / store.name.removesuffix(".zarr")
     if out.resolve() == store.resolve():
@@ -602,7 +589,7 @@ def _write_summary(plan: _Run, facts: dict[str, Any]) -> None:
         facts
         | {
             "seconds": {name: round(value, 3) for name, value in plan.seconds.items()},
-            "peak_rss_driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_driver": peak_rss(),
             "fcunet_version": __version__,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },

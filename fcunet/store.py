@@ -50,6 +50,7 @@ __all__ = [
     "describe",
     "open_datacube",
     "open_peaks",
+    "open_region",
     "open_results",
     "open_truth",
     "pixel_coordinate",
@@ -63,6 +64,33 @@ __all__ = [
 ]
 
 _PEAK_DTYPES = {"f": np.float32, "b": bool, "iu": np.int16}
+
+
+def open_region(
+    path: str | Path, region: tuple[int, int, int, int] | None = None
+) -> tuple[xr.Dataset, BlockGrid]:
+    """A datacube, lazy, or the part of it with rows y0 to y1 and columns x0 to x1, and the blocks of a run.
+
+    The blocks of a region begin at its corner, so they are not those of the store.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `open_datacube`; also for a region that reaches beyond the scan.
+    """
+    datacube, grid = open_datacube(path), block_grid(path)
+    if region is None:
+        return datacube, grid
+    y0, y1, x0, x1 = region
+    ny, nx = grid.scan_shape
+    if y1 > ny or x1 > nx:
+        raise ValueError(
+            f"the region {y0}:{y1},{x0}:{x1} reaches beyond the scan of {ny} x {nx}; "
+            f"use at most 0:{ny},0:{nx}"
+        )
+    by, bx = grid.block_shape
+    grid = BlockGrid((y1 - y0, x1 - x0), (min(by, y1 - y0), min(bx, x1 - x0)))
+    return datacube.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), grid
 
 
 def create_peaks(

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import queue
-import resource
 import shutil
 import threading
 import time
@@ -34,6 +33,7 @@ from .config import DetectionConfig
 from .datacube import read_region
 from .kernels.descan import surface_at
 from .layout import BlockGrid
+from .memory import peak_rss
 from .store import block_grid, set_status, write_peaks_block
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
 
@@ -135,7 +135,7 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         "bytes": int(chunk.nbytes),
         "seconds": {"read": read - start, "detect": computed - read, "write": end - computed},
         "device": device_name(job.detection.device),
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss": peak_rss(),
         "bf": thumbnail(values["bf"]),
     }
 

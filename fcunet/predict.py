@@ -1,0 +1,398 @@
+"""What a run will take, before it starts: memory per worker, device memory, time and size of the output.
+
+Measured, not guessed: a fresh process does what a worker will do with the first block of the store, for some
+ten seconds, and says how much memory and time that took. A process of its own, because the memory of this one
+is not a worker's, and because one that runs out of memory must not take the command with it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import schema
+from .calibration import Calibration
+from .cluster import WorkerPlan, plan_workers
+from .config import Config, DetectionConfig
+from .layout import BlockGrid
+from .progress import duration
+
+MARGIN = 1.25  # the bound: what allocators and a busy machine may add to the measured peak
+_EFFICIENCY = 0.9  # of several workers side by side; docs/performance.md measures it
+_ANALYSE_S = 0.6e-3  # lattice, strain and grains per position, one core; `python -m benchmarks.speed`
+_START_S = 15.0  # workers, calibration, report
+_WAIT_S = 300.0  # how long the measurement may take beyond the seconds it was given
+_GIB = 2**30
+
+
+class MeasurementError(RuntimeError):
+    """The measuring process failed; the message says how, and the end of what it said."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one thread of one worker took for the first block.
+
+    Attributes
+    ----------
+    base_bytes : int
+        Resident memory of the process with everything loaded and nothing in hand.
+    block_bytes : int
+        What one block in hand added at most.
+    read_s, detect_s, write_s : float
+        Seconds per pattern: to read and decompress; repair, detect, virtual images; compress the results.
+    stored_bytes : float
+        Compressed results per pattern, of the peaks store.
+    peaks : float
+        Mean number of peaks of a pattern.
+    device : str
+        "CPU", or the model of the GPU.
+    device_bytes, device_total : int
+        Peak of what torch reserved on the GPU, and what the GPU has; 0 on a CPU.
+    """
+
+    base_bytes: int
+    block_bytes: int
+    read_s: float
+    detect_s: float
+    write_s: float
+    stored_bytes: float
+    peaks: float
+    device: str
+    device_bytes: int
+    device_total: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run in numbers; :meth:`lines` to print, :attr:`problems` to refuse.
+
+    Attributes
+    ----------
+    measured : Measurement
+    workers : WorkerPlan
+        How many, how many threads, what memory each may use, and whether they have a GPU.
+    patterns, blocks : int
+        Of the region to process.
+    pixels, itemsize : int
+        Of one pattern, and of one pixel as stored.
+    max_num_peaks : int
+    disk_free : int
+        Bytes where the results go.
+    """
+
+    measured: Measurement
+    workers: WorkerPlan
+    patterns: int
+    blocks: int
+    pixels: int
+    itemsize: int
+    max_num_peaks: int
+    disk_free: int
+
+    @property
+    def worker_bytes(self) -> int:
+        """Peak memory of a worker process, each of its threads with a block in hand."""
+        return self.measured.base_bytes + self.workers.threads * self.measured.block_bytes
+
+    @property
+    def worker_bound(self) -> int:
+        """What no worker should exceed; this much must be allowed."""
+        return int(MARGIN * self.worker_bytes)
+
+    @property
+    def transferable(self) -> bool:
+        """Whether time was measured on the kind of device the workers have."""
+        return self.workers.gpu == (self.measured.device != "CPU")
+
+    @property
+    def rate(self) -> float:
+        """Patterns per second of all workers together, all stages included."""
+        m, w = self.measured, self.workers
+        if w.gpu:  # the threads of a worker read and write while one computes
+            each = min(1 / m.detect_s, w.threads / (m.read_s + m.detect_s + m.write_s))
+        else:
+            each = w.threads / (m.read_s + m.detect_s + m.write_s)
+        return each * w.count * (_EFFICIENCY if w.count * w.threads > 1 else 1.0)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run, lattice and strain included."""
+        return _START_S + self.patterns / self.rate + _ANALYSE_S * self.patterns
+
+    @property
+    def peaks_bytes(self) -> int:
+        """Size of the peaks store, mean and maximum patterns of the blocks included while it runs."""
+        return int(self.patterns * self.measured.stored_bytes + 12 * self.pixels * self.blocks)
+
+    @property
+    def results_bytes(self) -> int:
+        """Size of the results before compression."""
+        return self.patterns * results_bytes_per_position() + 12 * self.pixels
+
+    @property
+    def output_bytes(self) -> int:
+        """All that the run writes."""
+        return self.peaks_bytes + self.results_bytes
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this run cannot fit, each with the numbers and what to do; empty if it can."""
+        m, w, found = self.measured, self.workers, []
+        if w.memory is not None and self.worker_bytes > w.memory:
+            threads = int((w.memory - MARGIN * m.base_bytes) / (MARGIN * m.block_bytes))
+            fewer = (
+                f"use {threads} thread{'s' * (threads > 1)} per worker (cores: {threads} in the profile)"
+                if threads >= 1 and not w.local
+                else f"start fewer workers: --workers {max(1, int(w.count * w.memory / self.worker_bound))}"
+                if w.local and w.count > 1
+                else f"ask for {gib(self.worker_bound)} (memory: in the profile), "
+                "or convert the scan anew, whose blocks then are smaller"
+            )
+            found.append(
+                f"a worker needs {gib(self.worker_bytes)} ({gib(m.base_bytes)} + {w.threads} x "
+                f"{gib(m.block_bytes)} for a block in hand), but may use {gib(w.memory)}; {fewer}"
+            )
+        if m.device_bytes > m.device_total:
+            found.append(f"{m.device} has {gib(m.device_total)}, a batch needs {gib(m.device_bytes)}")
+        if self.output_bytes > self.disk_free:
+            found.append(
+                f"the results need up to {gib(self.output_bytes)}, but {gib(self.disk_free)} are free where "
+                "they go; make room, or choose another place: --out DIR"
+            )
+        return found
+
+    def lines(self) -> list[str]:
+        """The prediction in lines of text."""
+        m, w = self.measured, self.workers
+        limit = f" of {gib(w.memory)}" if w.memory is not None else ""
+        each = f"{w.count} worker{'s' * (w.count != 1)} x {w.threads} thread{'s' * (w.threads != 1)}"
+        lines = [
+            f"  memory    {gib(self.worker_bytes)} per worker, at most {gib(self.worker_bound)}{limit} "
+            f"({gib(m.base_bytes)} + {gib(m.block_bytes)} per block in hand) | {each}"
+        ]
+        if m.device != "CPU":
+            lines.append(f"  device    {gib(m.device_bytes)} of {gib(m.device_total)} on {m.device}")
+        if self.transferable:
+            lines.append(
+                f"  time      about {duration(self.seconds)}: {self.patterns:,} patterns at {self.rate:,.0f}/s, "
+                f"each read {1e3 * m.read_s:.2f}, detect {1e3 * m.detect_s:.2f}, write {1e3 * m.write_s:.2f} ms"
+            )
+        else:
+            lines.append(
+                f"  time      not known: the workers have GPUs, this machine has none (here "
+                f"{1 / m.detect_s:,.0f} patterns/s per core); run --dry-run on a node with a GPU"
+            )
+        lines.append(
+            f"  output    {gib(self.output_bytes)} ({m.peaks:.0f} peaks per pattern) of "
+            f"{gib(self.disk_free)} free"
+        )
+        return lines
+
+
+def predict(
+    config: Config,
+    *,
+    seconds: float = 10.0,
+    calibration: Calibration | None = None,
+    workers: WorkerPlan | None = None,
+) -> Prediction:
+    """What ``run(config)`` will take, measured on the first block of its store; nothing is written.
+
+    Parameters
+    ----------
+    config : Config
+        ``config.store`` is the datacube.
+    seconds : float
+        How long to detect for; reading one whole block comes before.
+    calibration : Calibration, optional
+        Default: measured, as the run does it.
+    workers : WorkerPlan, optional
+        Default: what ``config.cluster`` says.
+
+    Raises
+    ------
+    ValueError
+        If there is no store, or its patterns show no disk.
+    MeasurementError
+        If the measuring process died, most likely because one block does not fit into memory.
+    """
+    from .calibrate import calibrate
+    from .store import open_region
+
+    if config.store is None:
+        raise ValueError("no datacube was given; name one: fcunet run SCAN.zarr --dry-run")
+    datacube, grid = open_region(config.store, config.region)
+    intensity = datacube["intensity"]
+    if workers is None:
+        cluster = config.cluster
+        workers = plan_workers(cluster.cluster, cluster.workers, device=config.detection.device)
+    if calibration is None:
+        calibration = calibrate(datacube, **config.calibration.model_dump())
+    out = Path(config.out) if config.out is not None else Path("runs")
+    origin = (0, 0) if config.region is None else (config.region[0], config.region[2])
+    measured = measure_block(
+        config.store, grid, config.detection, calibration, origin=origin, seconds=seconds
+    )
+    return Prediction(
+        measured=measured,
+        workers=workers,
+        patterns=int(np.prod(grid.scan_shape)),
+        blocks=len(grid),
+        pixels=int(np.prod(intensity.shape[2:])),
+        itemsize=intensity.dtype.itemsize,
+        max_num_peaks=config.detection.max_num_peaks,
+        disk_free=_free(out),
+    )
+
+
+def measure_block(
+    store: str | Path,
+    grid: BlockGrid,
+    detection: DetectionConfig,
+    calibration: Calibration,
+    *,
+    origin: tuple[int, int] = (0, 0),
+    seconds: float = 10.0,
+) -> Measurement:
+    """Do the first block in a fresh process for `seconds`, and say what it took.
+
+    Raises
+    ------
+    MeasurementError
+        If that process dies.
+    """
+    block_shape = [min(b, n) for b, n in zip(grid.block_shape, grid.scan_shape, strict=True)]
+    numeric = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with tempfile.TemporaryDirectory() as folder:
+        values = calibration.to_dict()
+        np.savez(Path(folder, "probe.npz"), probe=calibration.probe)
+        request = {
+            "store": str(Path(store).resolve()),
+            "block_shape": block_shape,
+            "origin": list(origin),
+            "detection": detection.model_dump(mode="json"),
+            "calibration": values,
+            "probe": str(Path(folder, "probe.npz")),
+            "seconds": seconds,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "fcunet.predict"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=seconds + _WAIT_S,
+            env=os.environ | numeric | {"MALLOC_TRIM_THRESHOLD_": "65536"},  # as Dask's nannies set it
+            check=False,
+        )
+    if done.returncode:
+        reason = "was killed, most likely out of memory" if done.returncode < 0 else "failed"
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise MeasurementError(
+            f"the trial with one block of {block_shape[0]} x {block_shape[1]} patterns {reason}: {last[0]}; "
+            "for the whole story run it on a few patterns: fcunet preview STORE"
+        )
+    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(request: Mapping[str, Any]) -> Measurement:
+    """In the fresh process: everything a worker loads, then one block."""
+    import distributed.worker  # noqa: F401  (part of a worker's memory)
+    import torch
+    import zarr
+
+    from .blocks import device_name, pick_device, process_block
+    from .datacube import read_region
+    from .memory import peak_rss, reset_peak_rss, rss
+    from .tiles import process_tile  # noqa: F401
+
+    zarr.config.set({"async.concurrency": 4, "threading.max_workers": 4})
+    torch.set_num_threads(1)
+    detection = DetectionConfig(**request["detection"])
+    with np.load(request["probe"]) as saved:
+        calibration = Calibration.from_dict(request["calibration"], probe=saved["probe"])
+    (by, bx), (y0, x0) = request["block_shape"], request["origin"]
+    cuda = pick_device(detection.device).type == "cuda"
+    one = read_region(request["store"], slice(y0, y0 + 1), slice(x0, x0 + 1))
+    process_block(one, detection, calibration)  # loads weights and libraries
+    base = rss()
+    reset_peak_rss()
+
+    start = time.perf_counter()
+    chunk = read_region(request["store"], slice(y0, y0 + by), slice(x0, x0 + bx))
+    read_s = (time.perf_counter() - start) / (by * bx)
+    rows = by if cuda else max(1, -(-64 // bx))  # a GPU needs large batches, and is done soon
+    parts: list[dict[str, np.ndarray]] = []
+    n, start = 0, time.perf_counter()
+    while n < by and (not parts or time.perf_counter() - start < request["seconds"]):
+        parts.append(process_block(chunk[n : n + rows], detection, calibration))
+        n = min(n + rows, by)
+    detect_s = (time.perf_counter() - start) / (n * bx)
+    results = {name: np.concatenate([p[name] for p in parts]) for name in schema.PEAKS if name != "status"}
+    start = time.perf_counter()
+    stored = sum(_stored_bytes(values) for values in results.values())
+    write_s = (time.perf_counter() - start) / (n * bx)
+    whole = {k: np.empty((by, bx, *v.shape[2:]), v.dtype) for k, v in results.items()}  # as a worker holds it
+    block = max(peak_rss() - base, chunk.nbytes) + sum(v.nbytes for v in whole.values())
+    return Measurement(
+        base_bytes=base,
+        block_bytes=block,
+        read_s=read_s,
+        detect_s=detect_s,
+        write_s=write_s,
+        stored_bytes=stored / (n * bx),
+        peaks=float(results["n_peaks"].mean()),
+        device=device_name(detection.device),
+        device_bytes=torch.cuda.max_memory_reserved() if cuda else 0,
+        device_total=torch.cuda.mem_get_info()[1] if cuda else 0,
+    )
+
+
+def _stored_bytes(values: np.ndarray) -> int:
+    """Size of `values` as the peaks store compresses them."""
+    import zarr
+
+    from .zarrfolder import FLOAT_CODEC
+
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(), data=values, chunks=values.shape, compressors=FLOAT_CODEC
+    )
+    return array.nbytes_stored()
+
+
+def results_bytes_per_position() -> int:
+    """Uncompressed size of the results of one scan position, from the schema."""
+    lengths = {"parameter": len(schema.LATTICE_PARAMETERS), "row": 2, "column": 2}
+    lengths["parameter2"] = lengths["parameter"]
+    tables = (schema.STRAIN, schema.LATTICE, schema.VIRTUAL)
+    return sum(
+        4 * int(np.prod([lengths[d] for d in variable.dims if d not in schema.SCAN_DIMS]))
+        for table in tables
+        for variable in table.values()
+    )
+
+
+def _free(path: Path) -> int:
+    """Bytes free on the disk where `path` is or will be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def gib(n: float) -> str:
+    """`n` bytes in words."""
+    return f"{n / _GIB:.2f} GiB" if n >= 0.1 * _GIB else f"{n / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(json.load(sys.stdin)))))
