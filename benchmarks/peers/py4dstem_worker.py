@@ -1,14 +1,13 @@
-"""What runs inside py4DSTEM's own environment: ``python py4dstem_worker.py TASK INPUT.npz OUTPUT.npz``.
+"""What runs inside py4DSTEM's environment (protocol.py): detection, lattice and strain.
 
 Imports nothing of ours. py4DSTEM's x is the row and its y the column; arrays leave here as (row, column).
 """
 
 import json
-import sys
-import time
 
 import numpy as np
 import py4DSTEM
+from protocol import best_cpu_seconds, main, options_of
 
 FILTERS = {"none": None, "sqrt": np.sqrt, "log": np.log1p}
 
@@ -59,9 +58,9 @@ def agreement(given):
     out = {}
     for n, options in enumerate(json.loads(str(given["options"]))):
         kernel = given[f"kernel_{n}"]
-        start = time.process_time()
-        vectors = find_disks(given["patterns"], kernel, options)
-        out[f"cpu_{n}"] = np.array(time.process_time() - start)
+        vectors, out[f"cpu_{n}"] = best_cpu_seconds(
+            lambda k=kernel, o=options: find_disks(given["patterns"], k, o)
+        )
         out |= {f"{k}_{n}": v for k, v in as_arrays(vectors).items()}
         shape, origin = vectors.Rshape, given["origin"]
         vectors.calibration.set_origin((np.full(shape, origin[0]), np.full(shape, origin[1])))
@@ -83,35 +82,50 @@ def opens(given):
     return out | map_strain(vectors, float(given["max_peak_spacing"]), given["reference"])
 
 
+def make_kernel(kind, probe, origin, *, sigma=None, radii=None):
+    """A kernel of py4DSTEM from a vacuum probe centred at `origin` (row, column)."""
+    make, origin = py4DSTEM.Probe, tuple(float(v) for v in origin)
+    probe = np.array(probe, dtype=np.float64)
+    if kind == "flat":
+        return make.get_probe_kernel_flat(probe, origin=origin)
+    if kind == "gaussian":
+        return make.get_probe_kernel_edge_gaussian(probe, sigma, origin=origin, bilinear=False)
+    return make.get_probe_kernel_edge_sigmoid(probe, radii, origin=origin, bilinear=False)
+
+
 def kernels(given):
-    """Kernels of one probe, unit by unit: flat, gaussian, sigmoid."""
-    make = py4DSTEM.Probe
-    probe, origin = given["probe"], tuple(given["origin"])
+    """Kernels of one probe: flat, gaussian, sigmoid."""
+    options = {"sigma": float(given["sigma"]), "radii": tuple(given["radii"])}
     return {
-        "flat": make.get_probe_kernel_flat(probe, origin=origin),
-        "gaussian": make.get_probe_kernel_edge_gaussian(
-            probe, float(given["sigma"]), origin=origin, bilinear=False
-        ),
-        "sigmoid": make.get_probe_kernel_edge_sigmoid(
-            probe, tuple(given["radii"]), origin=origin, bilinear=False
-        ),
+        kind: make_kernel(kind, given["probe"], given["origin"], **options)
+        for kind in ("flat", "gaussian", "sigmoid")
     }
 
 
+def detect(given):
+    """Disks of every pattern, with a kernel made from the probe by `kernel`: flat or sigmoid."""
+    options = options_of(given)
+    kind, radii = options.pop("kernel", "flat"), options.pop("radii", None)
+    kernel = make_kernel(kind, given["probe"], given["origin"], radii=radii)
+    patterns = given["patterns"]
+    vectors, seconds = best_cpu_seconds(
+        lambda: find_disks(patterns, kernel, options),
+        given["repeats"],
+        warm_up=lambda: find_disks(patterns[:1, :2], kernel, options),
+    )
+    return as_arrays(vectors) | {"cpu_seconds": seconds}
+
+
 def speed(given):
-    """CPU seconds for disk detection alone."""
-    out = {}
-    for n, options in enumerate(json.loads(str(given["options"]))):
-        start = time.process_time()
-        find_disks(given["patterns"], given["kernel"], options)
-        out[f"cpu_{n}"] = np.array(time.process_time() - start)
-    return out
+    """CPU seconds of disk detection for each of a list of option sets."""
+    every = enumerate(json.loads(str(given["options"])))
+    return {
+        f"cpu_{n}": best_cpu_seconds(lambda o=o: find_disks(given["patterns"], given["kernel"], o))[1]
+        for n, o in every
+    }
 
 
-TASKS = {"agreement": agreement, "kernels": kernels, "opens": opens, "speed": speed}
+TASKS = {"agreement": agreement, "detect": detect, "kernels": kernels, "opens": opens, "speed": speed}
 
 if __name__ == "__main__":
-    task, source, target = sys.argv[1:]
-    with np.load(source) as loaded:
-        result = TASKS[task](dict(loaded))
-    np.savez(target, **result)
+    main(TASKS)
