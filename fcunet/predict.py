@@ -184,8 +184,9 @@ class Prediction:
             lines.append(f"  device    {gib(m.device_bytes)} of {gib(m.device_total)} on {m.device}")
         if self.transferable:
             lines.append(
-                f"  time      about {duration(self.seconds)}: {self.patterns:,} patterns at {self.rate:,.0f}/s, "
-                f"each read {1e3 * m.read_s:.2f}, detect {1e3 * m.detect_s:.2f}, write {1e3 * m.write_s:.2f} ms"
+                f"  time      about {duration(self.seconds)}: {self.patterns:,} patterns at "
+                f"{self.rate:,.0f}/s | each read {1e3 * m.read_s:.2f}, detect {1e3 * m.detect_s:.2f}, "
+                f"write {1e3 * m.write_s:.2f} ms"
             )
         else:
             lines.append(
