@@ -18,7 +18,8 @@ import numpy as np
 from .environment import run_worker
 
 # lengths are in units of the disk radius; everything else as the peer spells it
-_IN_RADII = {"minPeakSpacing", "edgeBoundary", "radii", "min_spacing", "edge_boundary", "search"}
+_IN_RADII = {"minPeakSpacing", "edgeBoundary", "radii", "min_spacing", "edge_boundary"}
+_IN_RADII |= {"search", "blur", "square_size", "min_distance"}
 _PY4DSTEM = {
     "kernel": "flat",
     "corrPower": 1.0,
@@ -40,6 +41,7 @@ _QUANTEM = {
     "max_num_peaks": 200,
 }
 _LIBERTEM = {"template": "probe", "search": 5 / 3, "upsample": 20, "min_weight": 0.1, "num_peaks": 60}
+_PYXEM = {"threshold": 0.5, "min_distance": 1.0, "refine": "center-of-mass", "square_size": 2.4, "blur": 0.0}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "py4dstem": {
         "tutorial": _PY4DSTEM
@@ -58,6 +60,12 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "gradient": _LIBERTEM | {"template": "gradient"},
         "gradient_background": _LIBERTEM | {"template": "gradient_background"},
     },
+    "pyxem": {
+        "tutorial": _PYXEM | {"refine": None},
+        "tuned": _PYXEM,
+        "low_dose": _PYXEM | {"refine": None, "blur": 0.17},
+        "cross_correlation": _PYXEM | {"refine": "cross-correlation"},
+    },
     "quantem": {
         "tutorial": _QUANTEM | {"sigma_cc": None},
         "parabolic": _QUANTEM | {"subpixel": "parabolic"},
@@ -74,7 +82,7 @@ def settings(package: str, name: str, radius_px: float) -> dict[str, Any]:
         value = found[key]
         if value is not None:
             found[key] = [v * radius_px for v in value] if isinstance(value, tuple) else value * radius_px
-    for key in ("edgeBoundary", "edge_boundary"):
+    for key in ("edgeBoundary", "edge_boundary", "square_size", "min_distance"):
         if key in found:
             found[key] = int(np.ceil(found[key]))
     return found
@@ -93,7 +101,7 @@ def detect(
     Parameters
     ----------
     package : str
-        "py4dstem", "libertem" or "quantem"; installed on first use.
+        "py4dstem", "libertem", "pyxem" or "quantem"; installed on first use.
     patterns : ndarray or Path
         (scan_y, scan_x, qy, qx), or (n, qy, qx) for a scan of one row, counts; or a .npy file with them,
         which is not copied. LiberTEM looks for the lattice in the mean pattern, so all
