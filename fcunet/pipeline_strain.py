@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from . import schema
 from .kernels import lattice as kernel
+from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.strain import (
     COMPONENTS,
     Convention,
@@ -120,9 +121,7 @@ def fit_lattice(
         ),
         "min_num_peaks": int(min_num_peaks),
     }
-    rotation = _scan_rotation(peaks)
-    if rotation is not None:
-        lattice.attrs["scan_rotation_degree"] = rotation
+    lattice.attrs |= _geometry(peaks)
     return lattice
 
 
@@ -133,9 +132,12 @@ def compute_strain(
     measure: Measure = "infinitesimal",
     convention: Convention = "fcunet",
     rotation_degree: float | None = None,
-    transpose: bool = False,
+    transpose: bool | None = None,
 ) -> xr.Dataset:
     """Strain of every scan position against a reference lattice, with error bars.
+
+    An elliptical distortion of the detector (``ellipse_ratio``, ``ellipse_angle_degree`` of the data) is
+    taken out of g1 and g2, of the reference as well.
 
     Parameters
     ----------
@@ -150,8 +152,9 @@ def compute_strain(
     rotation_degree : float, optional
         By how much the scan's +x axis is turned from the detector's, from +x towards +y. None:
         ``scan_rotation_degree`` of the data; without it, strain stays in the detector frame.
-    transpose : bool
-        Detector rows and columns are exchanged relative to the scan (undone before the rotation).
+    transpose : bool, optional
+        Detector rows and columns are exchanged relative to the scan (undone before the rotation). None:
+        ``scan_transposed`` of the data, else no.
 
     Returns
     -------
@@ -167,6 +170,13 @@ def compute_strain(
     """
     schema.check_variables(lattice, schema.LATTICE, required=_VECTORS, where="lattice")
     g_ref, reference_covariance, description = _reference(lattice, reference)
+    ellipse = Ellipse(
+        float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
+    )
+    measured_ref = g_ref
+    g_ref, reference_covariance = undistort_lattice(g_ref, reference_covariance, ellipse)
+    if transpose is None:
+        transpose = bool(lattice.attrs.get("scan_transposed", False))
     frame = "detector" if rotation_degree is None and not transpose else "scan"
     if rotation_degree is None and "scan_rotation_degree" in lattice.attrs:
         rotation_degree, frame = float(lattice.attrs["scan_rotation_degree"]), "scan"
@@ -183,7 +193,12 @@ def compute_strain(
     results = xr.apply_ufunc(
         _strain_block,
         *arrays,
-        kwargs={"g_ref": g_ref, "reference_covariance": reference_covariance, "options": options},
+        kwargs={
+            "g_ref": g_ref,
+            "reference_covariance": reference_covariance,
+            "options": options,
+            "ellipse": ellipse,
+        },
         input_core_dims=[[]] * 4 + ([] if covariance is None else [["parameter", "parameter2"]]),
         output_core_dims=[[]] * 8 + [["row", "column"]],
         dask="parallelized",
@@ -214,10 +229,12 @@ def compute_strain(
         "frame": frame,
         "rotation_degree": options["rotation_degree"],
         "transposed": int(transpose),
+        "ellipse_ratio": ellipse.ratio,
+        "ellipse_angle_degree": ellipse.angle_degree,
         "axes": "x along columns, y along rows; rotation positive from +x towards +y",
         "reference": description,
-        "g1_ref_px": g_ref[0].tolist(),
-        "g2_ref_px": g_ref[1].tolist(),
+        "g1_ref_px": measured_ref[0].tolist(),
+        "g2_ref_px": measured_ref[1].tolist(),
     }
     return strain
 
@@ -378,14 +395,17 @@ def _fit_block(
     )
 
 
-def _strain_block(*arrays: Array, g_ref: Array, reference_covariance: Array | None, options: dict):
+def _strain_block(
+    *arrays: Array, g_ref: Array, reference_covariance: Array | None, options: dict, ellipse: Ellipse
+):
     """Four vector components and maybe their covariance in; strain, its deviations and F out."""
     g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*arrays[0].shape, 2, 2)
+    g, covariance = undistort_lattice(g, arrays[4] if len(arrays) == 5 else None, ellipse)
     F = deformation_gradient(g, g_ref)
     turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
     strain = strain_from_F(turned, options["measure"], options["convention"])
-    if len(arrays) == 5:
-        std = strain_std(g, g_ref, arrays[4], reference_covariance=reference_covariance, **options)
+    if covariance is not None:
+        std = strain_std(g, g_ref, covariance, reference_covariance=reference_covariance, **options)
     else:
         std = {f"{name}_std": np.full(g.shape[:-2], np.nan) for name in COMPONENTS}
     return *strain.values(), *(v.astype(np.float32) for v in std.values()), F
@@ -509,9 +529,9 @@ def _check_whole(peaks: xr.Dataset) -> None:
         )
 
 
-def _scan_rotation(peaks: xr.Dataset) -> float | None:
-    """Scan rotation of the data: an attribute of the peaks, or of the datacube they came from."""
+def _geometry(peaks: xr.Dataset) -> dict[str, float]:
+    """How the detector lies against the scan, and its distortion, as the peaks or their datacube say."""
     source = peaks.attrs.get("datacube")
     attrs = (dict(source) if isinstance(source, dict) else {}) | peaks.attrs
-    value = attrs.get("scan_rotation_degree")
-    return None if value is None or not np.isfinite(float(value)) else float(value)
+    found = {name: attrs[name] for name in schema.GEOMETRY_ATTRS if attrs.get(name) is not None}
+    return {name: float(value) for name, value in found.items() if np.isfinite(float(value))}

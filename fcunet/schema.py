@@ -69,10 +69,17 @@ DATACUBE_ATTRS = (
     "convergence_semiangle_mrad",
     "camera_length_mm",
     "scan_rotation_degree",
+    "scan_transposed",
+    "ellipse_ratio",
+    "ellipse_angle_degree",
     "dwell_time_us",
     "detector",
     "simulated",
 )
+
+# those that say how the detector lies against the scan; vectors on it are taken apart in the order ellipse,
+# exchange of rows and columns, rotation
+GEOMETRY_ATTRS = ("scan_rotation_degree", "scan_transposed", "ellipse_ratio", "ellipse_angle_degree")
 
 # scan-shaped by-products of the pass that finds the peaks
 VIRTUAL = _table(

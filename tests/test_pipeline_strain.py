@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 
 from fcunet import schema
+from fcunet.kernels.ellipse import Ellipse
 from fcunet.pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
 
 G = np.array([[1.5, 31.0], [27.0, 4.0]])  # (y, x), px
@@ -236,3 +237,28 @@ def test_bragg_vector_map__takes_out_the_descan(peaks, lattice):
 def test_bragg_vector_map__without_a_known_detector_is_just_large_enough(peaks):
     image = bragg_vector_map(peaks.drop_attrs())
     assert image.shape == tuple(int(peaks[n].max()) + 2 for n in ("peak_qy", "peak_qx"))
+
+
+def test_compute_strain__elliptical_distortion_is_taken_out():
+    # a turn does not commute with the distortion: without the correction, strain is off by their product
+    F = np.tile(np.array([[0.99, 0.018], [-0.02, 1.01]]), (*SHAPE, 1, 1))
+    ellipse = Ellipse.from_terms(0.03, -0.02)
+    plain = fit_lattice(make_peaks(F=F))
+    names = list(schema.LATTICE_PARAMETERS[2:])
+    g = np.stack([plain[n].values for n in names], -1).reshape(*SHAPE, 2, 2) @ ellipse.matrix.T
+    bent = plain.assign({n: (schema.SCAN_DIMS, g.reshape(*SHAPE, 4)[..., i]) for i, n in enumerate(names)})
+    reference = G @ ellipse.matrix.T
+    wrong = compute_strain(bent, reference=reference)
+    bent.attrs |= {"ellipse_ratio": ellipse.ratio, "ellipse_angle_degree": ellipse.angle_degree}
+    found, expected = compute_strain(bent, reference=reference), compute_strain(plain, reference=G)
+    for name in ("e_xx", "e_yy", "e_xy", "theta"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-12)
+    assert float(np.abs(wrong["e_xx"] - expected["e_xx"]).max()) > 3e-4
+
+
+def test_compute_strain__transposition_is_found_among_the_attributes(peaks):
+    F = np.tile(np.diag([1.01, 1.0]), (*SHAPE, 1, 1))
+    fitted = fit_lattice(make_peaks(F=F).assign_attrs(datacube={"scan_transposed": 1}))
+    strain = compute_strain(fitted, reference=G)
+    np.testing.assert_allclose(strain["e_xx"], 0.01, atol=1e-9)
+    assert strain.attrs["frame"] == "scan"

@@ -81,6 +81,26 @@ def undistort(vectors: ArrayLike, ellipse: Ellipse) -> Array:
     return np.asarray(vectors, dtype=float) @ np.linalg.inv(ellipse.matrix).T
 
 
+def undistort_lattice(
+    g: NDArray, covariance: NDArray | None, ellipse: Ellipse
+) -> tuple[Array, NDArray | None]:
+    """Lattice vectors without the distortion, and their covariance.
+
+    Parameters
+    ----------
+    g : ndarray, shape (..., 2, 2)
+        Rows g1, g2 as measured, (y, x).
+    covariance : ndarray, shape (..., 6, 6), optional
+        Of origin, g1, g2, each (y, x).
+    ellipse : Ellipse
+    """
+    inverse = np.linalg.inv(ellipse.matrix)
+    if covariance is not None:
+        turn = np.kron(np.eye(3), inverse)
+        covariance = turn @ covariance @ turn.T
+    return np.asarray(g, dtype=float) @ inverse.T, covariance
+
+
 def _radial_profile(image: Array, centre: tuple[float, float], step: float = 1.0) -> tuple[Array, Array]:
     """Radii and median intensity of rings about a centre; NaN where under half a ring is seen."""
     y, x = np.indices(image.shape)
