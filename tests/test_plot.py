@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from PIL import Image
 
 from fcunet import plot
 from fcunet.plot.patterns import lattice_angle, near_lattice
@@ -24,7 +25,8 @@ def results(ny=6, nx=9, *, missing=False, units="nm"):
     truth = {c: 0.01 * np.broadcast_to(np.linspace(-1, 1, nx), (ny, nx)) for c in COMPONENTS}
     noisy = {c: scan(v + 1e-3 * rng.normal(size=v.shape)) for c, v in truth.items()}
     stds = {f"{c}_std": scan(np.full((ny, nx), 1e-3)) for c in COMPONENTS}
-    strain = xr.Dataset(noisy | stds | {"valid": (SCAN, ~lost)}, coords)
+    grain = np.where(lost, 0, 1 + (np.arange(nx) > nx / 2))
+    strain = xr.Dataset(noisy | stds | {"valid": (SCAN, ~lost), "grain": (SCAN, grain)}, coords)
     strain.attrs = {
         "frame": "scan",
         "reference": "all positions",
@@ -53,9 +55,19 @@ def texts(figure):
     return " | ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
 
 
-EVERY = ("strain", "error_bars", "virtual", "truth", "numbers", "bragg_vector_map")
+EVERY = (
+    "strain", "error_bars", "virtual", "truth", "numbers", "bragg_vector_map",
+    "profile", "orientations", "grains",
+)  # fmt: skip
 DRAWN = [(name, kind) for name in EVERY for kind in ("row", "missing")]
-DRAWN += [("strain", "single"), ("virtual", "column"), ("truth", "map")]
+DRAWN += [
+    ("profile", "map"),
+    ("grains", "map"),
+    ("orientations", "map"),
+    ("strain", "single"),
+    ("virtual", "column"),
+    ("truth", "map"),
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), DRAWN)
@@ -164,3 +176,61 @@ def test_round__gives_round_numbers_on_the_right_side(value, below, above):
 
 def test_figure__shows_itself_in_a_notebook():
     assert plot.virtual(results())._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("size", "width"), [("column", 3.35), ("page", 7.1), ("slide", 12.3)])
+def test_figures__have_the_width_asked_for_and_keep_it(size, width, tmp_path):
+    figure = plot.virtual(results(), size=size, theme="dark")
+    assert figure.get_figwidth() <= width + 1e-6
+    figure.savefig(tmp_path / "a.png", dpi=100)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == pytest.approx(100 * figure.get_figwidth(), abs=1)
+
+
+def test_figures__too_wide_for_a_column_say_so():
+    with pytest.raises(ValueError, match=r"cannot be read in a column.*page"):
+        plot.truth(results(), size="column")
+
+
+@pytest.mark.parametrize(("option", "match"), [("theme", "light or dark"), ("size", "column, page, slide")])
+def test_figures__refuse_unknown_looks(option, match):
+    with pytest.raises(ValueError, match=match):
+        plot.strain(results(), **{option: "poster"})
+
+
+def test_figures__dark_ones_leave_no_trace_on_the_next():
+    assert plot.strain(results(), theme="dark").get_facecolor() != plot.strain(results()).get_facecolor()
+
+
+def test_figures__svg_keeps_its_letters_and_is_the_same_each_time(tmp_path):
+    for name in ("a.svg", "b.svg"):
+        plot.strain(results()).savefig(tmp_path / name, metadata={"Date": None})
+    assert "colour range" in (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_along_line__a_row_is_that_row_and_its_error_bars():
+    strain = results()["strain"].dataset
+    line = plot.along_line(strain, ["e_xx"], (2, 0), (2, 8))
+    np.testing.assert_array_equal(line["e_xx"], strain["e_xx"][2])
+    np.testing.assert_array_equal(line["distance"], 2.0 * np.arange(9))
+    np.testing.assert_allclose(line["e_xx_std"], strain["e_xx_std"][2])
+
+
+def test_along_line__averages_across_and_leaves_out_what_is_missing():
+    strain = results()["strain"].dataset
+    line = plot.along_line(strain, ["e_xx"], (1, 0), (1, 8), width=3)
+    rows = strain["e_xx"][:3]
+    np.testing.assert_allclose(line["e_xx"], rows.mean("scan_y"))
+    count = rows.notnull().sum("scan_y")  # independent errors of 1e-3 each
+    np.testing.assert_allclose(line["e_xx_std"], 1e-3 / np.sqrt(count))
+
+
+def test_orientations__of_two_grains_are_told_apart_and_turned_into_the_scan_frame():
+    tree = results()
+    tree["strain"].attrs["rotation_degree"] = 30.0
+    figure = plot.orientations(tree)
+    bars = [p for p in figure.axes[0].patches if p.get_height() > 0]
+    found = {round(np.degrees(p.get_x() + p.get_width() / 2) % 180) for p in bars}
+    assert found == {round((np.degrees(np.arctan2(3, 15)) - 30) % 180)}
+    assert "grain 2" in texts(figure)

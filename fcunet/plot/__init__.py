@@ -1,22 +1,28 @@
 """Figures of results: strain, detection, Bragg vector map, virtual images, truth, error bars.
 
 Every function takes a dataset, or the tree of a run, and returns a matplotlib `Figure` that belongs to no
-window: save it with ``figure.savefig("strain.png")``, or let a notebook show it. Colours are safe for
-colour-blind readers; what is missing is grey.
+window: save it with ``figure.savefig("strain.png")`` (or ``.svg``, ``.pdf``), or let a notebook show it.
+Colours are safe for colour-blind readers; what is missing is grey. All take ``theme="dark"``, and ``size=``
+"column" (85 mm), "page" (180 mm) or "slide".
 """
 
 from .compare import methods, numbers, truth
+from .lines import along_line, grains, orientations, profile
 from .maps import error_bars, strain, virtual
 from .patterns import bragg_vector_map, calibration, detection
 from .style import to_png
 
 __all__ = [
+    "along_line",
     "bragg_vector_map",
     "calibration",
     "detection",
     "error_bars",
+    "grains",
     "methods",
     "numbers",
+    "orientations",
+    "profile",
     "strain",
     "to_png",
     "truth",

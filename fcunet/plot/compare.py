@@ -17,18 +17,18 @@ from .style import (
     LABELS,
     ORANGE,
     PINK,
-    ROTATION_MAP,
     SKY,
-    STRAIN_MAP,
     Array,
     Figure,
     group_of,
+    in_column,
     need,
     new_figure,
     range_of,
     say_missing,
     styled,
     symmetric_limit,
+    theme,
 )
 
 
@@ -90,7 +90,7 @@ def truth(
         if not line:
             top = symmetric_limit([exact.values, measured.values], None)
             rest = symmetric_limit([difference.values], None)
-            cmap = ROTATION_MAP if component == "theta" else STRAIN_MAP
+            cmap = theme().rotation if component == "theta" else theme().strain
             for ax, array, limit, name in zip(
                 row,
                 (exact, measured, difference),
@@ -110,7 +110,7 @@ def truth(
             values = difference.values / factor
             if np.isfinite(values).any():
                 rms = 1e3 * math.sqrt(np.nanmean(values**2))
-                row[2].set_title(rf"difference, rms {rms:.2f}$\times10^{{-3}}$", loc="left")
+                row[2].set_xlabel(rf"rms {rms:.2f}$\times10^{{-3}}$", loc="left", labelpad=1)
         _profile(row[-1], exact, measured, std, unit, legend=number == 0)
         if line:
             row[-1].set_title(LABELS[component], loc="left")
@@ -141,14 +141,19 @@ def _profile(
     if std is not None:
         band = mean(std)
         ax.fill_between(at, line - band, line + band, color=SKY, alpha=0.4, lw=0, label="standard deviation")
-    ax.plot(at, line, color=BLUE, lw=1.2, label="measured")
-    ax.plot(at, mean(exact), "--", color="black", lw=1, label="truth")
+    ax.plot(at, line, color=theme().line, lw=1.2, label="measured")
+    ax.plot(at, mean(exact), "--", color=theme().ink, lw=1, label="truth")
     ax.set_xlim(low, high)
     ax.set_xlabel(f"{along} ({'position' if length == schema.UNIT_PIXEL else length})")
     ax.set_ylabel(unit)
     if legend:
         ax.legend(
-            frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1
+            frameon=False,
+            fontsize="x-small",
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+            columnspacing=1,
         )
 
 
@@ -184,7 +189,7 @@ def methods(results: Mapping[str, xr.Dataset], known: xr.Dataset | None = None) 
             draw_map(
                 grid[i, j],
                 array,
-                cmap=ROTATION_MAP if is_theta else STRAIN_MAP,
+                cmap=theme().rotation if is_theta else theme().strain,
                 limits=(-top, top),
                 label="degrees" if is_theta else "%",
                 bar=i == j == 0,
@@ -202,7 +207,7 @@ def methods(results: Mapping[str, xr.Dataset], known: xr.Dataset | None = None) 
         if line:
             grid[i, 0].set_ylabel(f"{name}\n{grid[i, 0].get_ylabel()}")
         else:
-            grid[i, 0].set_ylabel(name, fontsize=10)
+            grid[i, 0].set_ylabel(name, fontsize="large")
     return figure
 
 
@@ -216,8 +221,8 @@ def numbers(results: xr.DataTree) -> Figure:
         Results of a run.
     """
     strain_, lattice, virtual_ = (group_of(results, n) for n in ("strain", "lattice", "virtual"))
-    figure = new_figure(8.4, 4.6)
-    axes = list(figure.subplots(2, 3).flat)
+    figure = new_figure(5.8, 6.6) if in_column() else new_figure(8.4, 4.6)
+    axes = list(figure.subplots(*((3, 2) if in_column() else (2, 3))).flat)
     counts = {"indexed": lattice["n_indexed"].values}
     if "n_peaks" in virtual_:
         counts = {"found": virtual_["n_peaks"].values} | counts
@@ -229,12 +234,12 @@ def numbers(results: xr.DataTree) -> Figure:
         axes[0].hist(np.asarray(values, dtype=float).ravel(), bins, color=colour, alpha=0.75, label=name)
     axes[0].set_xlabel("peaks per pattern")
     axes[0].legend(frameon=False)
-    _histogram(axes[1], lattice["fit_error"].values, "residual of the fit (px)", BLUE)
+    _histogram(axes[1], lattice["fit_error"].values, "residual of the fit (px)", theme().line)
     for ax, names, unit, factor in (
         (axes[2], ("e_xx", "e_yy", "e_xy"), "strain (%)", 100.0),
         (axes[4], ("e_xx_std", "e_yy_std", "e_xy_std"), r"error bars of the strain ($10^{-3}$)", 1e3),
     ):
-        for name, colour, style in zip(names, (ORANGE, BLUE, GREEN), ("-", "--", ":"), strict=True):
+        for name, colour, style in zip(names, (ORANGE, theme().line, GREEN), ("-", "--", ":"), strict=True):
             if name in strain_:
                 _histogram(ax, strain_[name].values * factor, unit, colour, LABELS[name[:4]], style)
         if ax.get_legend_handles_labels()[0]:
@@ -247,7 +252,7 @@ def numbers(results: xr.DataTree) -> Figure:
     for ax in axes:
         ax.set_yticks([])
         ax.spines[["left", "right", "top"]].set_visible(False)
-    figure.supylabel("positions", fontsize=9)
+    figure.supylabel("positions", fontsize="medium")
     return figure
 
 
@@ -265,4 +270,4 @@ def _histogram(
     ax.stairs(height, edges, color=colour, lw=1.2, ls=style, label=label, fill=False)
     if label is None:
         ax.stairs(height, edges, color=colour, alpha=0.35, fill=True)
-        ax.set_title(f"median {np.median(array):.3g}", fontsize=8)
+        ax.set_title(f"median {np.median(array):.3g}", fontsize="small")

@@ -1,6 +1,7 @@
 """Figures of scan maps: strain, its error bars, virtual images."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,16 +15,18 @@ from .scanmap import draw_map, is_line, panel_size
 from .style import (
     LABELS,
     RED,
-    ROTATION_MAP,
-    STRAIN_MAP,
     Figure,
     arrow,
     group_of,
+    in_column,
+    letter_points,
     need,
     new_figure,
     range_of,
+    scale_of,
     styled,
     symmetric_limit,
+    theme,
 )
 
 VIRTUAL_TITLES = {
@@ -91,22 +94,7 @@ def strain(
     turn = symmetric_limit([scaled["theta"].values], theta_limit)
     width, height = panel_size(scaled["e_xx"])
     rows = math.ceil(4 / columns)
-    figure = new_figure(max(columns * width, 6.2), rows * height + 0.95 + (0.3 if title else 0))
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height] * rows + [0.9])
-    for i, component in enumerate(STRAIN_COMPONENTS):
-        ax = figure.add_subplot(grid[divmod(i, columns)])
-        is_theta = component == "theta"
-        top = turn if is_theta else limit
-        draw_map(
-            ax,
-            scaled[component],
-            cmap=ROTATION_MAP if is_theta else STRAIN_MAP,
-            limits=(-top, top),
-            label=theta_name if is_theta else "%",
-            bar=i == 0,
-            std=stds[component],
-        )
-        ax.set_title(LABELS[component])
+    natural = max(columns * width, 6.2)
     valid = float(np.isfinite(data["e_xx"].values).mean())
     word = "range" if is_line(data["e_xx"]) else "colour range"
     what = [
@@ -116,6 +104,27 @@ def strain(
         f"frame: {data.attrs.get('frame', 'not known')}; "
         f"reference: {data.attrs.get('reference', 'not known')}",
     ]
+    factor = scale_of(natural)
+    points = letter_points(factor)
+    room = int((0.75 * natural * factor) * 72 / (0.5 * points))  # letters per line
+    what = [part for line in what for part in textwrap.wrap(line, room)]
+    foot = max(0.9, len(what) * 1.5 * points / 72 / factor)
+    figure = new_figure(natural, rows * height + foot + 0.05 + (0.3 if title else 0))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height] * rows + [foot])
+    for i, component in enumerate(STRAIN_COMPONENTS):
+        ax = figure.add_subplot(grid[divmod(i, columns)])
+        is_theta = component == "theta"
+        top = turn if is_theta else limit
+        draw_map(
+            ax,
+            scaled[component],
+            cmap=theme().rotation if is_theta else theme().strain,
+            limits=(-top, top),
+            label=theta_name if is_theta else "%",
+            bar=i == 0,
+            std=stds[component],
+        )
+        ax.set_title(LABELS[component])
     _legend(figure, grid[rows, :], data.attrs, what)
     if title:
         figure.suptitle(title)
@@ -125,7 +134,8 @@ def strain(
 def _legend(figure: Figure, where: Any, attrs: Mapping[Any, Any], lines: list[str]) -> None:
     """Axes x and y, the lattice vectors, and some lines of text below the maps."""
     width = figure.get_figwidth()
-    sub = where.subgridspec(1, 3, width_ratios=[0.8, 0.8, max(width - 1.6, 1)])
+    key = min(0.8, 0.16 * width)
+    sub = where.subgridspec(1, 3, width_ratios=[key, key, width - 2 * key])
     axes, vectors, text = (figure.add_subplot(cell) for cell in sub)
     for ax in (axes, vectors, text):
         ax.set_axis_off()
@@ -134,7 +144,7 @@ def _legend(figure: Figure, where: Any, attrs: Mapping[Any, Any], lines: list[st
         ax.set_ylim(1.5, -1.5)
         ax.set_aspect("equal")
     for tip, name in (((1.0, 0.0), "x"), ((0.0, 1.0), "y")):
-        _arrow(axes, (tip[0] - 0.5, tip[1] - 0.5), name, "black", start=(-0.5, -0.5))
+        _arrow(axes, (tip[0] - 0.5, tip[1] - 0.5), name, theme().ink, start=(-0.5, -0.5))
     reference = [attrs.get(f"g{i}_ref_px") for i in (1, 2)]
     if all(v is not None and np.all(np.isfinite(v)) for v in reference):
         longest = max(math.hypot(*v) for v in reference)  # type: ignore[misc]
@@ -146,7 +156,7 @@ def _legend(figure: Figure, where: Any, attrs: Mapping[Any, Any], lines: list[st
             _arrow(vectors, tip, f"$g_{i}$", RED)
     text.set_xlim(0, 1)
     text.set_ylim(0, 1)
-    text.text(0.0, 0.5, "\n".join(lines), va="center", fontsize=8, linespacing=1.4)
+    text.text(0.0, 0.5, "\n".join(lines), va="center", fontsize="small", linespacing=1.4)
 
 
 def _arrow(
@@ -211,7 +221,7 @@ def virtual(results: xr.DataTree | xr.Dataset, names: Sequence[str] | None = Non
     have = [n for n in wanted if n in data]
     if not have or names is not None:
         need(data, wanted, "virtual")
-    columns = min(len(have), 2 if len(have) == 4 else 3)
+    columns = min(len(have), 2 if len(have) == 4 or in_column() else 3)
     rows = math.ceil(len(have) / columns)
     width, height = panel_size(data[have[0]])
     figure = new_figure(columns * width, rows * height)

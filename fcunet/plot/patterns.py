@@ -14,9 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import schema
 from .style import (
-    BLUE,
     FRAME_COLOURS,
-    MISSING,
     ORANGE,
     RED,
     SKY,
@@ -24,8 +22,10 @@ from .style import (
     Figure,
     arrow,
     group_of,
+    in_column,
     new_figure,
     styled,
+    theme,
 )
 
 
@@ -36,7 +36,7 @@ def show_pattern(ax: Axes, pattern: ArrayLike, *, power: float = 0.5, cmap: str 
     low, high = (float(v) for v in np.percentile(finite, [1, 99.9])) if finite.size else (0.0, 1.0)
     scaled = np.clip(image - low, 0, None) ** power
     top = (high - low) ** power if high > low else 1.0
-    colours = mpl.colormaps[cmap].with_extremes(bad=MISSING)
+    colours = mpl.colormaps[cmap].with_extremes(bad=theme().missing)
     ax.imshow(np.ma.masked_invalid(scaled), cmap=colours, vmin=0, vmax=top)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -143,7 +143,7 @@ def detection(
             else ("" if positions is None else f"scan {positions[i][0]}, {positions[i][1]}")
         )
         n = int(np.isfinite(py[i]).sum())
-        ax.set_title(f"{name}: {n} peaks" if name else f"{n} peaks", fontsize=9)
+        ax.set_title(f"{name}: {n} peaks" if name else f"{n} peaks", fontsize="medium")
         for spine in ax.spines.values():
             spine.set(color=FRAME_COLOURS[i % len(FRAME_COLOURS)], linewidth=2)
     for ax in axes[len(images) :]:
@@ -249,8 +249,9 @@ def bragg_vector_map(
                 tip = start + vector
                 arrow(ax, start, tip, SKY, 1.6)
                 beyond = tip + 0.25 * vector
-                ax.text(beyond[1], beyond[0], f"$g_{i}$", color=SKY, ha="center", va="center", fontsize=11,
-                        path_effects=[withStroke(linewidth=2, foreground="black")])  # fmt: skip
+                edge = [withStroke(linewidth=2, foreground="black")]
+                look: dict[str, Any] = {"color": SKY, "ha": "center", "va": "center", "fontsize": "large"}
+                ax.text(beyond[1], beyond[0], f"$g_{i}$", path_effects=edge, **look)
             lengths = np.linalg.norm(g, axis=1)
             ax.set_xlabel(
                 f"$g_1$ {lengths[0]:.2f} px, $g_2$ {lengths[1]:.2f} px, {lattice_angle(g):.2f} degrees"
@@ -276,8 +277,13 @@ def calibration(measured: Any, mean: ArrayLike) -> Figure:
     mean : ndarray, shape (qy, qx)
         Mean pattern.
     """
-    figure = new_figure(8.6, 3.1)
-    axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
+    if in_column():
+        figure = new_figure(5.8, 5.6)
+        cells = figure.add_gridspec(2, 2)
+        axes = [figure.add_subplot(cells[i]) for i in ((0, 0), (0, 1), (1, slice(None)))]
+    else:
+        figure = new_figure(8.6, 3.1)
+        axes = list(figure.subplots(1, 3, width_ratios=[1, 1, 1.1]))
     draw_calibration(axes, measured, mean)
     return figure
 
@@ -293,7 +299,7 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     faults = np.argwhere(measured.bad_pixels) if measured.n_hot + measured.n_dead <= 500 else np.empty((0, 2))
     if measured.n_masked == 0 and len(faults):
         axes[0].plot(faults[:, 1], faults[:, 0], "x", color=SKY, ms=4, mew=0.8)
-    axes[0].set_title(f"mean pattern,\ncentre ({cy:.1f}, {cx:.1f}) px", fontsize=9)
+    axes[0].set_title(f"mean pattern,\ncentre ({cy:.1f}, {cx:.1f}) px", fontsize="medium")
     probe = np.asarray(measured.probe, dtype=float)
     total = probe.sum()
     y, x = np.arange(probe.shape[0]), np.arange(probe.shape[1])
@@ -305,7 +311,7 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     axes[1].add_patch(Circle((px, py), radius, fc="none", ec=ORANGE, lw=1.2))
     axes[1].set_xlim(px - reach, px + reach)
     axes[1].set_ylim(py + reach, py - reach)
-    axes[1].set_title(f"probe ({measured.probe_source}),\nradius {radius:.2f} px", fontsize=9)
+    axes[1].set_title(f"probe ({measured.probe_source}),\nradius {radius:.2f} px", fontsize="medium")
     r = np.hypot(y[:, None] - py, x[None] - px)
     bins = np.arange(0, reach, 0.5)
     index = np.digitize(r.ravel(), bins) - 1
@@ -313,7 +319,9 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     count = np.bincount(index[near], minlength=len(bins))
     profile = np.bincount(index[near], probe.ravel()[near], minlength=len(bins)) / np.maximum(count, 1)
     seen = count > 0
-    axes[2].plot((bins + 0.25)[seen], profile[seen] / (profile.max() or 1.0), ".-", color=BLUE, ms=4, lw=1)
+    axes[2].plot(
+        (bins + 0.25)[seen], profile[seen] / (profile.max() or 1.0), ".-", color=theme().line, ms=4, lw=1
+    )
     axes[2].axvline(radius, color=ORANGE, lw=1)
     axes[2].axvspan(
         radius - measured.edge_sigma_px, radius + measured.edge_sigma_px, color=ORANGE, alpha=0.2, lw=0
@@ -321,4 +329,4 @@ def draw_calibration(axes: Sequence[Axes], measured: Any, mean: ArrayLike) -> No
     axes[2].set_xlabel("distance from the middle (px)")
     axes[2].set_ylabel("intensity")
     axes[2].set_xlim(0, reach)
-    axes[2].set_title(f"edge,\nstandard deviation {measured.edge_sigma_px:.2f} px", fontsize=9)
+    axes[2].set_title(f"edge,\nstandard deviation {measured.edge_sigma_px:.2f} px", fontsize="medium")

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from .. import schema
-from .style import BLUE, MISSING, SKY, round_down, say_missing
+from .style import BLUE, SKY, round_down, say_missing, theme
 
 
 def edges(array: xr.DataArray, dim: str) -> tuple[float, float, str]:
@@ -63,7 +63,7 @@ def scale_bar(ax: Axes, unit: str) -> None:
         ha="left",
         va="bottom",
         color="white",
-        fontsize=8,
+        fontsize="small",
         path_effects=[withStroke(linewidth=1.8, foreground="black")],
     )
 
@@ -72,7 +72,7 @@ def draw_map(
     ax: Axes,
     array: xr.DataArray,
     *,
-    cmap: str,
+    cmap: str | mpl.colors.Colormap,
     limits: tuple[float, float],
     label: str,
     bar: bool = True,
@@ -90,7 +90,7 @@ def draw_map(
             band = np.asarray(std.values, dtype=float).ravel()
             ax.fill_between(at, values.ravel() - band, values.ravel() + band, color=SKY, alpha=0.35, lw=0)
         ax.plot(at, values.ravel(), ".-", color=BLUE, ms=4, lw=1)
-        ax.axhline(0, color="0.6", lw=0.6, zorder=0)
+        ax.axhline(0, color=theme().faint, lw=0.6, zorder=0)
         if limits[0] < limits[1] and np.isfinite(values).any():
             ax.set_ylim(*limits)
         ax.set_xlim(low, high)
@@ -100,7 +100,7 @@ def draw_map(
             say_missing(ax)
         return
     box, unit = extent(array)
-    colours = mpl.colormaps[cmap].with_extremes(bad=MISSING)
+    colours = mpl.colormaps.get_cmap(cmap).with_extremes(bad=theme().missing)
     image = ax.imshow(
         np.ma.masked_invalid(values),
         cmap=colours,
@@ -118,7 +118,7 @@ def draw_map(
     if colour_bar:  # beside the map and as high, whatever the layout does to the map
         side = ax.inset_axes((1.02, 0.0, 0.035 * max(1.0, _aspect(array)), 1.0))
         drawn = ax.figure.colorbar(image, cax=side)
-        side.set_title(label, fontsize=8, loc="left")
+        side.set_title(label, fontsize="small", loc="left")
         drawn.outline.set_linewidth(0.5)  # type: ignore[operator]
 
 

@@ -1,8 +1,11 @@
 """What all figures share: colours, sizes, ranges, and how to make one without a window."""
 
+import inspect
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -13,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _MatplotlibFigure
 from numpy.typing import ArrayLike, NDArray
 
-STRAIN_MAP, ROTATION_MAP, MISSING = "RdBu_r", "PRGn", "0.75"
 LABELS = {
     "e_xx": r"$\varepsilon_{xx}$",
     "e_yy": r"$\varepsilon_{yy}$",
@@ -26,28 +28,72 @@ FRAME_COLOURS = (ORANGE, SKY, GREEN, PINK, BLUE, RED)
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "figure.titlesize": 11,
+    "axes.titlesize": "medium",
+    "axes.labelsize": "medium",
+    "xtick.labelsize": "small",
+    "ytick.labelsize": "small",
+    "legend.fontsize": "small",
+    "figure.titlesize": "large",
     "axes.linewidth": 0.6,
     "image.interpolation": "nearest",
     "savefig.dpi": 150,
     "figure.dpi": 110,
     "mathtext.default": "regular",
+    "svg.fonttype": "none",  # letters stay letters, to be edited in a drawing program
+    "svg.hashsalt": "fcunet",  # the same figure is the same file
+    "pdf.fonttype": 42,
 }
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours that depend on the ground: diverging maps are palest, or darkest, at zero."""
+
+    strain: str
+    rotation: str
+    missing: str
+    ink: str
+    faint: str
+    ground: str
+    line: str
+
+    @property
+    def settings(self) -> dict[Any, Any]:
+        """For matplotlib."""
+        inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+        grounds = ("figure.facecolor", "axes.facecolor")
+        return dict.fromkeys(inks, self.ink) | dict.fromkeys(grounds, self.ground)
+
+
+# the dark diverging maps are by F. Crameri, https://doi.org/10.5281/zenodo.1243862
+THEMES = {
+    "light": Theme("RdBu_r", "PRGn", "0.75", "black", "0.6", "white", "#0072B2"),
+    "dark": Theme("berlin", "vanimo", "0.42", "0.92", "0.55", "#14161a", "#56B4E9"),
+}
+# width and height not to be exceeded (inches), and the size of letters (points)
+SIZES = {"column": (3.35, 9.0, 6.5), "page": (7.1, 9.0, 8.0), "slide": (12.3, 6.7, 15.0)}
+_THEME: ContextVar[str] = ContextVar("theme", default="light")
+_SIZE: ContextVar[str | None] = ContextVar("size", default=None)
+
+
+def theme() -> Theme:
+    """Colours of the figure that is being drawn."""
+    return THEMES[_THEME.get()]
 
 
 class Figure(_MatplotlibFigure):
     """A figure outside pyplot that notebooks show by themselves, and that is saved with nothing cut off."""
 
+    exact = False  # a figure made for a column keeps its width
+
     def savefig(self, fname: Any, **options: Any) -> None:
-        """As in matplotlib, with ``bbox_inches="tight"`` unless told otherwise."""
-        whole: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.06}
-        super().savefig(fname, **(whole | options))
+        """As in matplotlib, PNG, SVG or PDF by the name; ``bbox_inches="tight"`` unless told otherwise."""
+        whole: dict[str, Any] = {} if self.exact else {"bbox_inches": "tight", "pad_inches": 0.06}
+        if self.exact:
+            whole["dpi"] = 300
+        with mpl.rc_context(STYLE):
+            super().savefig(fname, **(whole | options))
 
     def _repr_png_(self) -> bytes:
         return to_png(self)
@@ -61,16 +107,80 @@ def to_png(figure: _MatplotlibFigure, dpi: float = 130) -> bytes:
     return buffer.getvalue()
 
 
+def scale_of(width: float, height: float = 1.0) -> float:
+    """By how much a figure of so many inches is enlarged to the size asked for."""
+    size = _SIZE.get()
+    return 1.0 if size is None else min(SIZES[size][0] / width, SIZES[size][1] / height)
+
+
+def letter_points(factor: float) -> float:
+    """Size of the letters in a figure that is enlarged by `factor`."""
+    size = _SIZE.get()
+    if size is None:
+        return float(STYLE["font.size"])
+    return SIZES[size][2] if size != "slide" else min(SIZES[size][2], max(10.0, 1.15 * 9 * factor))
+
+
 def new_figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+    """An empty figure of so many inches, or of the size asked for in about the same proportion."""
+    size = _SIZE.get()
+    if size == "column" and width > 9:
+        raise ValueError(
+            f"this figure needs {2.54 * width:.0f} cm and cannot be read in a column of 85 mm; "
+            'use size="page", or fewer components'
+        )
+    factor = scale_of(width, height)
+    points = letter_points(factor)
+    larger = max(0.0, points / 9 / factor - 1)  # letters shrink less than maps, and need room
+    mpl.rcParams["font.size"] = points  # inside the context of `styled`
+    figure = Figure(figsize=(width * factor, height * factor * (1 + 0.3 * larger)), layout="constrained")
+    figure.exact = size is not None
+    return figure
+
+
+def in_column() -> bool:
+    """A journal column is drawn for: panels go below each other."""
+    return _SIZE.get() == "column"
+
+
+_MORE = """
+    theme : {"light", "dark"}
+        Colours for paper or for a dark slide.
+    size : {"column", "page", "slide"}, optional
+        Width of a journal column (85 mm) or page (180 mm), or fit for a slide, with letters to match; saved
+        exactly so wide. Default: as large as it needs.
+"""
 
 
 def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    @wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with mpl.rc_context(STYLE):
-            return function(*args, **kwargs)
+    """Draw with the settings of the house; adds the options `theme` and `size`."""
 
+    @wraps(function)
+    def wrapper(*args: Any, theme: str = "light", size: str | None = None, **kwargs: Any) -> Figure:
+        if theme not in THEMES:
+            raise ValueError(f"theme is {theme!r}; choose {' or '.join(THEMES)}")
+        if size is not None and size not in SIZES:
+            raise ValueError(f"size is {size!r}; choose {', '.join(SIZES)}, or None")
+        tokens = _THEME.set(theme), _SIZE.set(size)
+        try:
+            with mpl.rc_context(STYLE | THEMES[theme].settings):
+                return function(*args, **kwargs)
+        finally:
+            _THEME.reset(tokens[0])
+            _SIZE.reset(tokens[1])
+
+    signature = inspect.signature(function)
+    options = [
+        inspect.Parameter("theme", inspect.Parameter.KEYWORD_ONLY, default="light", annotation=str),
+        inspect.Parameter("size", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None),
+    ]
+    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *options]
+    )
+    before, mark, after = (function.__doc__ or "").partition("\n\n    Returns")
+    if not mark:
+        before, mark, after = before.partition("\n\n    Raises")
+    wrapper.__doc__ = before.rstrip() + _MORE.rstrip() + mark + after
     return wrapper
 
 
