@@ -318,14 +318,33 @@ def run(
 @app.command()
 @with_settings("lattice", "strain")
 def strain(
-    run_directory: RunArgument,
+    source: Annotated[
+        Path, typer.Argument(help="run directory; or peaks found elsewhere: py4DSTEM .h5, CSV, parquet")
+    ],
     settings: dict[str, Any],
+    out: Annotated[
+        Path | None, typer.Option(help="run directory for peaks found elsewhere [runs/NAME]")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="which Bragg vectors, where the file holds several")
+    ] = None,
     config: SettingsOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="replace the peaks of another file")] = False,
 ) -> None:
-    """Fit lattices and strain again from the peaks of a run; seconds, no GPU."""
+    """Fit lattices and strain to the peaks of a run, or of another program; seconds, no GPU."""
+    if source.is_file() or (source.suffix and not source.exists() and source.suffix != ".zarr"):
+        from .adopt import strain_from_file
+
+        strain_from_file(source, out=out, dataset=dataset, restart=restart, config=config, **settings)
+        return
+    if out is not None or dataset is not None or restart:
+        raise ValueError(
+            f"{source} is not a file, and --out, --dataset and --restart are for peaks found elsewhere; "
+            "a run directory keeps its own"
+        )
     from .runner import rerun_strain
 
-    rerun_strain(run_directory, config=config, **settings)
+    rerun_strain(source, config=config, **settings)
 
 
 @app.command()
@@ -338,16 +357,16 @@ def report(run_directory: RunArgument) -> None:
 
 @app.command()
 def export(
-    run_directory: RunArgument,
+    source: Annotated[Path, typer.Argument(help="run directory, or a datacube")],
     out: Annotated[Path, typer.Argument(help="file to write")],
-    to: Annotated[str, typer.Option(help="csv, netcdf or py4dstem")] = "csv",
-    what: Annotated[str, typer.Option(help="strain or peaks")] = "strain",
+    to: Annotated[str, typer.Option(help="csv, parquet, netcdf, py4dstem or zspy")] = "csv",
+    what: Annotated[str, typer.Option(help="strain or peaks, for tables and netcdf")] = "strain",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
 ) -> None:
-    """Write results for other programs: CSV, NetCDF, or EMD for py4DSTEM."""
+    """Write results or scans for other programs: tables, NetCDF, EMD for py4DSTEM, zspy for HyperSpy."""
     from .export import export as export_results
 
-    typer.echo(f"wrote     {export_results(run_directory, out, to=to, what=what, overwrite=overwrite)}")
+    typer.echo(f"wrote     {export_results(source, out, to=to, what=what, overwrite=overwrite)}")
 
 
 @app.command()

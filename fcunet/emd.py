@@ -1,4 +1,4 @@
-"""Bragg peaks and strain maps as py4DSTEM writes and reads them: EMD 1.0, an HDF5 layout (plain h5py).
+"""Scans, Bragg peaks and strain maps as py4DSTEM writes and reads them: EMD 1.0, an HDF5 layout (plain h5py).
 
 py4DSTEM's x is the first array axis (rows, our y) and its y the second (columns, our x), so names are
 exchanged here, and nowhere else. Arrays keep their order. Written files open in py4DSTEM 0.14.
@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import xarray as xr
 
 from . import schema
+from .datacube import block_grid
 from .kernels.strain import COMPONENTS, deformation_gradient, rotate_frame, strain_from_F
 
 _RECORD = np.dtype([("qx", np.float64), ("qy", np.float64), ("intensity", np.float64)])
@@ -22,8 +24,13 @@ _Q_UNITS = {schema.UNIT_Q: "A^-1", schema.UNIT_PIXEL: "pixels"}
 _ROOT = "fcunet_root"
 
 
-def write_emd(path: Path, peaks: xr.Dataset | None, results: xr.DataTree | None) -> None:
-    """Write a new EMD 1.0 file with what is given: `braggvectors`, `strain` and the calibration.
+def write_emd(
+    path: Path,
+    peaks: xr.Dataset | None = None,
+    results: xr.DataTree | None = None,
+    cube: xr.Dataset | None = None,
+) -> None:
+    """Write a new EMD 1.0 file with what is given: datacube, `braggvectors`, `strain` and the calibration.
 
     Parameters
     ----------
@@ -35,6 +42,9 @@ def write_emd(path: Path, peaks: xr.Dataset | None, results: xr.DataTree | None)
         Results; the strain becomes the stack ``strain`` of class RealSlice (labels e_xx, e_yy, e_xy, theta,
         mask and the standard deviations), in py4DSTEM's axes and definition. NaN where there is no lattice:
         mask is 0 there.
+    cube : Dataset, optional
+        Datacube; becomes ``datacube``, uncompressed in one piece, so that py4DSTEM can map it, and its vacuum
+        probe ``probe``. Block by block: little memory is needed.
     """
     import h5py
 
@@ -49,95 +59,19 @@ def write_emd(path: Path, peaks: xr.Dataset | None, results: xr.DataTree | None)
         )
         root = _group(file, _ROOT, "root", "Root")
         targets = []
+        if cube is not None:
+            _write_cube(root, cube)
+            targets.append("/datacube")
         if peaks is not None:
             _write_peaks(root, peaks)
             targets.append("/braggvectors")
         if results is not None:
             _write_strain(root, results)
             targets.append("/strain")
-        facts = _calibration(peaks, results) | {"_root_treepath": "", "_target_paths": targets}
+        facts = _calibration(peaks, results, cube) | {"_root_treepath": "", "_target_paths": targets}
         bundle = root.create_group("metadatabundle")
         bundle.attrs["emd_group_type"] = "metadatabundle"
         _write_metadata(bundle, "calibration", "Calibration", facts)
-
-
-def read_py4dstem_peaks(path: str | Path) -> xr.Dataset:
-    """Bragg peaks of a py4DSTEM file, to fit lattices and strain to.
-
-    Parameters
-    ----------
-    path : path
-        EMD 1.0 file that holds a BraggVectors object (py4DSTEM 0.14 or newer).
-
-    Returns
-    -------
-    Dataset
-        `peak_qy` (their qx), `peak_qx` (their qy), `peak_intensity` (scan_y, scan_x, peak) float32, raw
-        detector px, NaN-padded, brightest first; `n_peaks`, `truncated`; `origin_qy`, `origin_qx` if the file
-        has origins. Pixel sizes go to the scan coordinates (nm) and ``attrs["q_pixel_size"]``; the rotation
-        of the scan to ``attrs["scan_rotation_degree"]``.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or no BraggVectors in it.
-    """
-    import h5py
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not an HDF5 file; needed is one written by py4DSTEM.save()")
-    with h5py.File(path, "r") as file:
-        found: list[Any] = []
-        file.visititems(
-            lambda _, node: (
-                found.append(node) if _text(node.attrs.get("python_class")) == "BraggVectors" else None
-            )
-        )
-        if not found:
-            raise ValueError(
-                f"{path} holds no BraggVectors; save them in py4DSTEM: py4DSTEM.save(path, braggvectors)"
-            )
-        node = found[0]
-        records = node["_v_uncal/data"]
-        ny, nx = records.shape
-        rows = [records[iy] for iy in range(ny)]
-        longest = max((len(record) for row in rows for record in row), default=0)
-        arrays = np.full((3, ny, nx, max(longest, 1)), np.nan, np.float32)
-        counts = np.zeros((ny, nx), np.int16)
-        for iy, row in enumerate(rows):
-            for ix, record in enumerate(row):
-                record = record[np.argsort(-record["intensity"], kind="stable")]
-                counts[iy, ix] = len(record)
-                for array, name in zip(arrays, ("qx", "qy", "intensity"), strict=True):
-                    array[iy, ix, : len(record)] = record[name]
-        shape = node["metadatabundle/_braggvectors_shape/Qshape"][()]
-        bundle = file[node.name.split("/")[1]].get("metadatabundle/calibration")
-        facts = {} if bundle is None else {k: v[()] for k, v in bundle.items() if hasattr(v, "shape")}
-    values = dict(zip(("peak_qy", "peak_qx", "peak_intensity"), arrays, strict=True))
-    peaks = xr.Dataset(
-        {name: (schema.PEAK_DIMS, value, schema.PEAKS[name].attrs) for name, value in values.items()}
-    )
-    peaks["n_peaks"] = (schema.SCAN_DIMS, counts, schema.PEAKS["n_peaks"].attrs)
-    peaks["truncated"] = (schema.SCAN_DIMS, np.zeros((ny, nx), bool), schema.PEAKS["truncated"].attrs)
-    for ours, theirs in (("origin_qy", "qx0"), ("origin_qx", "qy0")):
-        origin = facts.get(theirs, facts.get(f"{theirs}_mean"))
-        if origin is not None and np.shape(origin) in ((), (ny, nx)):
-            full = np.broadcast_to(np.asarray(origin, dtype=np.float64), (ny, nx)).copy()
-            peaks[ours] = (schema.SCAN_DIMS, full, schema.DATACUBE[ours].attrs)
-    units, step = _text(facts.get("R_pixel_units", "pixels")), float(facts.get("R_pixel_size", 1))
-    to_nm = {"nm": 1.0, "A": 0.1, "um": 1000.0, "µm": 1000.0}.get(units)
-    for dim, n in zip(schema.SCAN_DIMS, (ny, nx), strict=True):
-        scale, unit = (1.0, schema.UNIT_PIXEL) if to_nm is None else (step * to_nm, schema.UNIT_SCAN)
-        peaks[dim] = (dim, np.arange(n) * scale, {"units": unit})
-    peaks.attrs = {"detector_shape": [int(n) for n in shape], "source_format": "py4DSTEM BraggVectors"}
-    if _text(facts.get("Q_pixel_units", "")) == "A^-1":
-        peaks.attrs |= {"q_pixel_size": float(facts["Q_pixel_size"]), "q_pixel_units": schema.UNIT_Q}
-    if "QR_rotation" in facts and not bool(facts.get("QR_flip", False)):
-        peaks.attrs["scan_rotation_degree"] = float(np.rad2deg(facts["QR_rotation"]))
-    return peaks
 
 
 def py4dstem_strain(results: xr.DataTree) -> dict[str, np.ndarray]:
@@ -163,6 +97,34 @@ def py4dstem_strain(results: xr.DataTree) -> dict[str, np.ndarray]:
         if f"{ours}_std" in strain:
             slices[f"{_STRAIN_NAMES[ours]}_std"] = strain[f"{ours}_std"].values.astype(np.float64)
     return slices
+
+
+def _write_cube(root: Any, cube: xr.Dataset) -> None:
+    intensity = cube["intensity"].transpose(*schema.DATACUBE_DIMS)
+    node = _group(root, "datacube", "array", "DataCube")
+    data = node.create_dataset("data", shape=intensity.shape, dtype=intensity.dtype)
+    data.attrs["units"] = "pixel intensity"
+    grid = block_grid(intensity)
+    for at in np.ndindex(*grid.n_blocks):
+        region = grid.slices(*at)
+        data[region] = dask.compute(intensity[region].data, scheduler="threads")[0]
+    for index, dim in enumerate(schema.DATACUBE_DIMS):
+        step, units = _step(cube, dim)
+        _write_axis(node, index, step, _Q_UNITS.get(units, units))
+    if "probe" in cube:
+        probe = np.asarray(cube["probe"].values, dtype=np.float64)
+        node = _group(root, "probe", "array", "Probe")
+        node.create_dataset("data", data=np.stack([probe, np.zeros_like(probe)])).attrs["units"] = "intensity"
+        for index in (0, 1):
+            step, units = _step(cube, schema.PATTERN_DIMS[index])
+            _write_axis(node, index, step, _Q_UNITS.get(units, units), name=("Qx", "Qy")[index])
+        node.create_dataset("dim2", data=np.array(["probe", "kernel"], dtype="S")).attrs["name"] = "_labels_"
+
+
+def _write_axis(node: Any, index: int, step: float, units: str, *, name: str | None = None) -> None:
+    """A linear axis: its first two values."""
+    axis = node.create_dataset(f"dim{index}", data=np.array([0.0, step]))
+    axis.attrs.update(name=name or ("Rx", "Ry", "Qx", "Qy")[index], units=units)
 
 
 def _write_peaks(root: Any, peaks: xr.Dataset) -> None:
@@ -205,27 +167,28 @@ def _write_strain(root: Any, results: xr.DataTree) -> None:
     node.create_dataset("data", data=stack, compression="gzip", shuffle=True).attrs["units"] = ""
     for index, dim in enumerate(schema.SCAN_DIMS):
         step, units = _step(results["strain"].dataset, dim)
-        axis = node.create_dataset(f"dim{index}", data=np.array([0.0, step]))  # two numbers: a linear axis
-        axis.attrs.update(name=("Rx", "Ry")[index], units="pixels" if units == schema.UNIT_PIXEL else units)
+        _write_axis(node, index, step, _Q_UNITS.get(units, units))
     labels = node.create_dataset("dim2", data=np.array(list(slices), dtype="S"))
     labels.attrs["name"] = "_labels_"
 
 
-def _calibration(peaks: xr.Dataset | None, results: xr.DataTree | None) -> dict[str, Any]:
-    """What is known of pixel sizes, origin and rotation, in py4DSTEM's names and axes."""
-    facts: dict[str, Any] = {}
-    scan = results["strain"].dataset if results is not None else peaks
+def _calibration(
+    peaks: xr.Dataset | None, results: xr.DataTree | None, cube: xr.Dataset | None
+) -> dict[str, Any]:
+    """What is known of pixel sizes, origin, rotation and ellipse, in py4DSTEM's names and axes."""
+    scan = cube if cube is not None else results["strain"].dataset if results is not None else peaks
     assert scan is not None
     step, units = _step(scan, "scan_y")
-    facts |= {"R_pixel_size": step, "R_pixel_units": "pixels" if units == schema.UNIT_PIXEL else units}
+    facts: dict[str, Any] = {"R_pixel_size": step, "R_pixel_units": _Q_UNITS.get(units, units)}
     facts |= {"Q_pixel_size": 1.0, "Q_pixel_units": "pixels"}
-    if results is not None and "diffraction" in results.children:
-        step, units = _step(results["diffraction"].dataset, "qy")
+    detector = results["diffraction"].dataset if results and "diffraction" in results.children else cube
+    if detector is not None:
+        step, units = _step(detector, "qy")
         if units in _Q_UNITS:
             facts |= {"Q_pixel_size": step, "Q_pixel_units": _Q_UNITS[units]}
     elif peaks is not None and "q_pixel_size" in peaks.attrs:
         facts |= {"Q_pixel_size": float(peaks.attrs["q_pixel_size"]), "Q_pixel_units": "A^-1"}
-    source = results["lattice"].dataset if results is not None else peaks
+    source = results["lattice"].dataset if results is not None else peaks if peaks is not None else cube
     if source is not None and {"origin_qy", "origin_qx"} <= set(source):
         for theirs, ours in (("qx0", "origin_qy"), ("qy0", "origin_qx")):
             origin = np.asarray(source[ours].values, dtype=np.float64)
@@ -233,10 +196,33 @@ def _calibration(peaks: xr.Dataset | None, results: xr.DataTree | None) -> dict[
                 mean = float(np.nanmean(origin))
                 filled = np.where(np.isfinite(origin), origin, mean)
                 facts |= {theirs: filled, f"{theirs}_mean": mean, f"{theirs}_shift": filled - mean}
-    if results is not None and results["strain"].attrs.get("frame") == "scan":
-        degree = float(results["strain"].attrs.get("rotation_degree", 0.0))
+    return facts | _geometry(peaks, results, cube)
+
+
+def _geometry(
+    peaks: xr.Dataset | None, results: xr.DataTree | None, cube: xr.Dataset | None
+) -> dict[str, Any]:
+    """Rotation, flip and ellipse; what `readers.bragg.geometry_from_py4dstem` undoes."""
+    if results is not None:
+        attrs = results["strain"].attrs
+        known = {"scan_transposed": attrs.get("transposed", 0)} if attrs.get("frame") == "scan" else {}
+        known |= {"scan_rotation_degree": attrs.get("rotation_degree", 0.0)} if known else {}
+        known |= {name: attrs[name] for name in ("ellipse_ratio", "ellipse_angle_degree") if name in attrs}
+    else:
+        source = cube if cube is not None else peaks
+        assert source is not None
+        inner = source.attrs.get("datacube")
+        found = (dict(inner) if isinstance(inner, dict) else {}) | source.attrs
+        known = {name: found[name] for name in schema.GEOMETRY_ATTRS if name in found}
+    facts: dict[str, Any] = {}
+    if {"scan_rotation_degree", "scan_transposed"} & set(known):
+        degree = float(known.get("scan_rotation_degree", 0.0))
         facts |= {"QR_rotation": np.deg2rad(degree), "QR_rotation_degrees": degree}
-        facts["QR_flip"] = bool(results["strain"].attrs.get("transposed", 0))
+        facts["QR_flip"] = bool(known.get("scan_transposed", 0))
+    ratio = float(known.get("ellipse_ratio", 1.0))
+    if ratio != 1:
+        theta = np.deg2rad(90.0 - float(known.get("ellipse_angle_degree", 0.0)))
+        facts |= {"a": ratio, "b": 1.0, "theta": theta}
     return facts
 
 
@@ -269,7 +255,3 @@ def _write_metadata(bundle: Any, name: str, python_class: str, items: Mapping[st
         kinds = ((bool, "bool"), (str, "string"), (tuple, "tuple"), (np.ndarray, "array"))
         kind = next((label for cls, label in kinds if isinstance(value, cls)), "number")
         group.create_dataset(key, data=value).attrs["type"] = kind
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,11 +1,12 @@
-"""Results for other programs: tables (CSV), NetCDF, and EMD files that py4DSTEM opens.
+"""Results and scans for other programs: tables, NetCDF, EMD files that py4DSTEM opens, HyperSpy's zspy.
 
 A file appears whole or not at all, and replaces nothing unless told to.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import xarray as xr
 
 from . import schema
-from .emd import py4dstem_strain, read_py4dstem_peaks, write_emd
-from .store import open_peaks, open_results
+from .emd import py4dstem_strain, write_emd
+from .provenance import to_json
+from .store import open_datacube, open_peaks, open_results
+from .zarrfolder import replace_folder, root_attrs
 
-__all__ = ["FORMATS", "export", "py4dstem_strain", "read_py4dstem_peaks"]
+__all__ = ["FORMATS", "export", "py4dstem_strain"]
 
-FORMATS = ("csv", "netcdf", "py4dstem")
+FORMATS = ("csv", "parquet", "netcdf", "py4dstem", "zspy")
 _KNOWN = schema.PEAKS | schema.VIRTUAL | schema.LATTICE | schema.STRAIN
 _ROWS = 16  # scan rows held in memory while a table is written
 
@@ -28,21 +31,22 @@ Source = xr.DataTree | xr.Dataset | str | Path
 def export(
     source: Source, path: str | Path, to: str = "csv", *, what: str = "strain", overwrite: bool = False
 ) -> Path:
-    """Write results or peaks as a file for other programs.
+    """Write results, peaks or a datacube as a file for other programs.
 
     Parameters
     ----------
     source : DataTree, Dataset or path
-        Results, peaks, or a run directory with both.
+        Results, peaks, a run directory with both, or a datacube.
     path : path
         File to write; its folder must exist.
     to : str
-        ``"csv"``: one line per scan position, or per peak; empty where a value is missing; units in the
-        names. ``"netcdf"``: the groups of the results, labels and units kept, readable with
-        ``xarray.open_datatree``; or the peaks. ``"py4dstem"``: EMD 1.0 with ``braggvectors`` and ``strain``
-        (as RealSlice), each if it is at hand.
+        ``"csv"``, ``"parquet"``: a tidy table, one line per scan position, or per peak; empty where a value
+        is missing; units in the names. ``"netcdf"``: the groups of the results, labels and units kept,
+        readable with ``xarray.open_datatree``; or the peaks. ``"py4dstem"``: EMD 1.0 with ``braggvectors``
+        and ``strain`` (as RealSlice), each if it is at hand, or with ``datacube`` and ``probe``. ``"zspy"``:
+        the folder that HyperSpy and pyxem open, with a signal per map, or the datacube.
     what : str
-        ``"strain"`` or ``"peaks"``, for CSV and NetCDF of a run directory.
+        ``"strain"`` or ``"peaks"``, for tables and NetCDF of a run directory.
     overwrite : bool
         Replace an existing file.
 
@@ -65,7 +69,31 @@ def export(
         raise ValueError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
     if what not in ("strain", "peaks"):
         raise ValueError(f"what is {what!r}; choose strain or peaks")
-    if path.is_dir():
+    _check_target(path, to, overwrite)
+    cube, peaks, results = _contents(source, with_peaks=to == "py4dstem" or what == "peaks")
+    if cube is not None and to not in ("py4dstem", "zspy"):
+        raise ValueError(f"a datacube cannot be written as {to}; choose py4dstem or zspy")
+    if to == "py4dstem":
+        _atomically(path, lambda partial: write_emd(partial, peaks, results, cube))
+    elif to == "zspy":
+        if cube is None and results is None:
+            raise ValueError("zspy holds datacubes and maps, not peaks; give the run directory or a datacube")
+        _atomically(path, lambda partial: _write_zspy(partial, path, cube, results))
+    else:
+        wanted = peaks if what == "peaks" or results is None else results
+        if wanted is None:
+            raise ValueError(f"the source has no {what}; give the run directory")
+        write = {"csv": _write_csv, "parquet": _write_parquet, "netcdf": _write_netcdf}[to]
+        _atomically(path, lambda partial: write(partial, wanted))
+    return path
+
+
+_SUFFIX = {"csv": "csv", "parquet": "parquet", "netcdf": "nc", "py4dstem": "h5", "zspy": "zspy"}
+
+
+def _check_target(path: Path, to: str, overwrite: bool) -> None:
+    """Refuse a target in the way of something else, before any work."""
+    if path.is_dir() and not (to == "zspy" and (path / ".zgroup").exists()):
         raise FileExistsError(
             f"{path} is a folder; name a file in it, such as {path / ('strain.' + _SUFFIX[to])}"
         )
@@ -77,36 +105,28 @@ def export(
         raise FileNotFoundError(
             f"there is no folder {path.parent} to write {path.name} to; make it: mkdir -p {path.parent}"
         )
-    results, peaks = _contents(source, with_peaks=to == "py4dstem" or what == "peaks")
-    if to == "py4dstem":
-        _atomically(path, lambda partial: write_emd(partial, peaks, results))
-    else:
-        if isinstance(source, xr.Dataset):
-            what = "peaks"
-        wanted = peaks if what == "peaks" else results
-        if wanted is None:
-            raise ValueError(f"the source has no {what}; give the run directory")
-        write = _write_csv if to == "csv" else _write_netcdf
-        _atomically(path, lambda partial: write(partial, wanted))
-    return path
 
 
-_SUFFIX = {"csv": "csv", "netcdf": "nc", "py4dstem": "h5"}
-
-
-def _contents(source: Source, *, with_peaks: bool) -> tuple[xr.DataTree | None, xr.Dataset | None]:
-    """Results and peaks of a source, None for what it lacks."""
+def _contents(
+    source: Source, *, with_peaks: bool
+) -> tuple[xr.Dataset | None, xr.Dataset | None, xr.DataTree | None]:
+    """Datacube, peaks and results of a source, None for what it lacks."""
     if isinstance(source, xr.DataTree):
         schema.check_results(source)
-        return source, None
+        return None, None, source
     if isinstance(source, xr.Dataset):
+        if "intensity" in source:
+            schema.check_datacube(source)
+            return source, None, None
         schema.check_peaks(source)
-        return None, source
+        return None, source, None
     folder = Path(source)
+    if (folder / "zarr.json").is_file() and root_attrs(folder).get("fcunet_format") == "datacube":
+        return open_datacube(folder), None, None
     results = open_results(folder)
     run = folder if (folder / "strain.zarr").is_dir() else folder.parent
     stored = run / "peaks.zarr"
-    return results, open_peaks(stored) if with_peaks and stored.is_dir() else None
+    return None, open_peaks(stored) if with_peaks and stored.is_dir() else None, results
 
 
 def _atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -114,13 +134,57 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
     try:
         write(partial)
-        os.replace(partial, path)
+        if partial.is_dir():
+            replace_folder(partial, path)
+        else:
+            os.replace(partial, path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 
+def _write_zspy(partial: Path, path: Path, cube: xr.Dataset | None, results: xr.DataTree | None) -> None:
+    from .zspy import write_cube, write_maps
+
+    if cube is not None:
+        titled = cube if cube.attrs.get("title") else cube.assign_attrs(title=path.stem)
+        write_cube(partial, titled)
+    else:
+        assert results is not None
+        write_maps(partial, results)
+
+
 def _write_csv(path: Path, source: xr.DataTree | xr.Dataset) -> None:
-    """A table, some scan rows at a time."""
+    with path.open("w", newline="") as file:
+        for number, frame in enumerate(_frames(source)):
+            frame.to_csv(file, index=False, header=number == 0, float_format="%.8g", lineterminator="\n")
+
+
+def _write_parquet(path: Path, source: xr.DataTree | xr.Dataset) -> None:
+    """The same table with its types; the attributes of strain or peaks as JSON under ``fcunet``."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as err:
+        raise ImportError('parquet needs one more package: pip install "fcunet[tables]"') from err
+    attrs = source["strain"].attrs if isinstance(source, xr.DataTree) else source.attrs
+    facts = {"fcunet": json.dumps(to_json(attrs))}
+    writer = None
+    try:
+        for frame in _frames(source):
+            part = pa.Table.from_pandas(frame, preserve_index=False)
+            if writer is None:
+                schema_of_file = part.schema.with_metadata({**(part.schema.metadata or {}), **facts})
+                writer = pq.ParquetWriter(path, schema_of_file, compression="zstd")
+            writer.write_table(part.cast(writer.schema))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _frames(source: xr.DataTree | xr.Dataset) -> Iterator[Any]:
+    """The table, some scan rows at a time."""
     if isinstance(source, xr.DataTree):
         table = xr.Dataset(coords=source["strain"].dataset.coords)
         for group in ("strain", "lattice", "virtual"):
@@ -129,14 +193,12 @@ def _write_csv(path: Path, source: xr.DataTree | xr.Dataset) -> None:
                 table = table.assign({n: v for n, v in variables.items() if v.dims == schema.SCAN_DIMS})
     else:
         table = source[[name for name in schema.PEAK_VARIABLES if name in source]]
-    per_peak = not isinstance(source, xr.DataTree)
-    with path.open("w", newline="") as file:
-        for start in range(0, table.sizes["scan_y"], _ROWS):
-            part = table.isel(scan_y=slice(start, start + _ROWS)).compute()
-            frame = _frame(part, start)
-            if per_peak:
-                frame = frame[np.isfinite(part["peak_qy"].transpose(*schema.PEAK_DIMS).values.ravel())]
-            frame.to_csv(file, index=False, header=start == 0, float_format="%.8g", lineterminator="\n")
+    for start in range(0, table.sizes["scan_y"], _ROWS):
+        part = table.isel(scan_y=slice(start, start + _ROWS)).compute()
+        frame = _frame(part, start)
+        if not isinstance(source, xr.DataTree):
+            frame = frame[np.isfinite(part["peak_qy"].transpose(*schema.PEAK_DIMS).values.ravel())]
+        yield frame
 
 
 def _frame(part: xr.Dataset, first_row: int) -> Any:

@@ -208,7 +208,10 @@ def _number(value: float, form: str = ".3g", unit: str = "") -> str:
 def _byline(run: _Run) -> str:
     parts = [f"fcunet {run.attrs.get('fcunet_version', '')}".strip(), run.attrs.get("created", "")]
     method = run.config.detection.method if run.config else None
-    parts.append({"fcunet": "detector FCU-Net", "correlation": "detector correlation"}.get(method or "", ""))
+    found = {"fcunet": "detector FCU-Net", "correlation": "detector correlation"}.get(method or "", "")
+    if elsewhere := run.attrs.get("peaks_from"):
+        found = f"peaks from {elsewhere} ({run.attrs.get('source_format', 'found elsewhere')})"
+    parts.append(found)
     return " | ".join(str(p) for p in parts if p)
 
 
@@ -426,7 +429,10 @@ def _effort(run: _Run) -> Iterable[str]:
 
 def _repeat(run: _Run) -> Iterable[str]:
     store = run.config.store if run.config and run.config.store else "STORE.zarr"
-    yield f"<pre>{_text(f'fcunet run {shlex.quote(str(store))} --config config.yaml --out NEW_FOLDER')}</pre>"
+    command = f"fcunet run {shlex.quote(str(store))}"
+    if elsewhere := run.attrs.get("peaks_from"):
+        command = f"fcunet strain {shlex.quote(str(elsewhere))}"
+    yield f"<pre>{_text(f'{command} --config config.yaml --out NEW_FOLDER')}</pre>"
     yield _table(
         {
             "weights": run.attrs.get("weights_name"),

@@ -41,10 +41,12 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
         What the peaks were found on, for the provenance.
     """
     peaks = open_peaks(out / PEAKS)
-    mean, maximum = finish_patterns(out / PEAKS)
+    attrs = root_attrs(out / PEAKS)
+    found_here = "peaks_from" not in attrs  # otherwise there were no patterns to measure
+    patterns = dict(zip(("mean", "maximum"), finish_patterns(out / PEAKS), strict=True)) if found_here else {}
     status = peaks["status"].values
-    calibration = load_calibration(out / PEAKS)
-    if calibration.origin_stored is not None or calibration.descan_px > 1:
+    calibration = load_calibration(out / PEAKS) if found_here else None
+    if calibration is not None and (calibration.origin_stored is not None or calibration.descan_px > 1):
         for i, name in enumerate(("origin_qy", "origin_qx")):
             peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
     with dask.config.set(
@@ -58,14 +60,9 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
             lattice, settings = _no_lattice(peaks), _UNIT_REFERENCE
         strain = compute_strain(lattice, **settings.model_dump()).compute()
         vector_map = bragg_vector_map(peaks).compute()
-        virtual = peaks[[*schema.VIRTUAL, "n_peaks", "truncated"]].compute()
+        virtual = peaks[[n for n in (*schema.VIRTUAL, "n_peaks", "truncated") if n in peaks]].compute()
     lattice, strain = lattice.assign(F=strain["F"]), strain.drop_vars("F")
-    attrs = root_attrs(out / PEAKS)
-    patterns = {
-        "mean": mean,
-        "maximum": maximum,
-        "bragg_vector_map": np.asarray(vector_map.values, np.float32),
-    }
+    patterns["bragg_vector_map"] = np.asarray(vector_map.values, np.float32)
     diffraction = xr.Dataset(
         {
             name: (schema.PATTERN_DIMS, pattern, schema.DIFFRACTION[name].attrs)
@@ -73,7 +70,7 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
         },
         coords={
             dim: _coordinate(dim, attrs[dim], n)
-            for dim, n in zip(schema.PATTERN_DIMS, mean.shape, strict=True)
+            for dim, n in zip(schema.PATTERN_DIMS, vector_map.shape, strict=True)
         },
     )
     diffraction["bragg_vector_map"].attrs |= vector_map.attrs
@@ -86,14 +83,15 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     truth_group = out / PEAKS / "truth"
     if truth_group.exists():
         groups["/truth"] = xr.open_zarr(truth_group, consolidated=False, chunks=None).load()
-    kept = ("input_title", "input_fingerprint", "weights_name", "weights_sha256", "science_sha256", "region")
+    kept = ["input_title", "input_fingerprint", "weights_name", "weights_sha256", "science_sha256", "region"]
+    kept += ["peaks_from", "source_format"]
     tree = xr.DataTree.from_dict({name: dataset.drop_encoding() for name, dataset in groups.items()})
     tree.attrs = provenance(
         config_json=json.dumps(public_settings(config)),
         config_sha256=hashlib.sha256(json.dumps(public_settings(config)).encode()).hexdigest(),
         **{k: attrs.get(k) for k in kept},
         datacube=attrs.get("datacube"),
-        calibration=calibration.to_dict() | {"bad_pixels": None},
+        calibration=calibration.to_dict() | {"bad_pixels": None} if calibration else None,
         device=device,
         n_blocks=int(status.size),
         n_blocks_failed=int((status == schema.STATUS_FAILED).sum()),

@@ -9,8 +9,10 @@ import xarray as xr
 from test_pipeline_strain import make_peaks
 
 from fcunet import schema
-from fcunet.export import export, py4dstem_strain, read_py4dstem_peaks
+from fcunet.export import export, py4dstem_strain
 from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.readers import open_source
+from fcunet.readers.bragg import read_peaks
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_py4dstem__strain_is_in_their_axes_and_definition(results):
 
 def test_py4dstem__peaks_come_back_as_they_were(tmp_path, peaks):
     pytest.importorskip("h5py")
-    found = read_py4dstem_peaks(export(peaks.chunk(scan_y=3, scan_x=4), tmp_path / "peaks.h5", to="py4dstem"))
+    found = read_peaks(export(peaks.chunk(scan_y=3, scan_x=4), tmp_path / "peaks.h5", to="py4dstem"))
     schema.check_peaks(found)
     n = found.sizes["peak"]
     for name in ("peak_qy", "peak_qx", "peak_intensity"):
@@ -160,7 +162,7 @@ def test_export__leaves_nothing_behind_when_it_fails(tmp_path, results, monkeypa
 
 
 def test_export__says_what_is_wrong(tmp_path, results, peaks):
-    with pytest.raises(ValueError, match="choose one of csv, netcdf, py4dstem"):
+    with pytest.raises(ValueError, match="choose one of csv, parquet, netcdf, py4dstem, zspy"):
         export(results, tmp_path / "a.mat", to="matlab")
     with pytest.raises(FileNotFoundError, match="mkdir -p"):
         export(results, tmp_path / "missing" / "a.csv")
@@ -170,14 +172,81 @@ def test_export__says_what_is_wrong(tmp_path, results, peaks):
         export(results, tmp_path / "a.csv", what="peaks")
 
 
-def test_read_py4dstem_peaks__says_what_is_wrong(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        read_py4dstem_peaks(tmp_path / "missing.h5")
-    (tmp_path / "text.h5").write_text("no")
-    with pytest.raises(ValueError, match="not an HDF5 file"):
-        read_py4dstem_peaks(tmp_path / "text.h5")
-    with h5py.File(tmp_path / "empty.h5", "w"):
-        pass
-    with pytest.raises(ValueError, match="holds no BraggVectors"):
-        read_py4dstem_peaks(tmp_path / "empty.h5")
+@pytest.fixture(scope="module")
+def cube():
+    """A small calibrated scan, every side of another length, in blocks."""
+    rng = np.random.default_rng(4)
+    data = rng.poisson(3.0, (4, 6, 10, 12)).astype(np.uint16)
+    steps = {
+        "scan_y": (2.0, "nm"),
+        "scan_x": (2.0, "nm"),
+        "qy": (0.02, "1/angstrom"),
+        "qx": (0.02, "1/angstrom"),
+    }
+    coords = {
+        dim: (dim, step * np.arange(n), {"units": unit})
+        for (dim, (step, unit)), n in zip(steps.items(), data.shape, strict=True)
+    }
+    cube = xr.Dataset({"intensity": (schema.DATACUBE_DIMS, data)}, coords)
+    cube["probe"] = (schema.PATTERN_DIMS, rng.random((10, 12)).astype(np.float32))
+    cube["origin_qy"] = (schema.SCAN_DIMS, rng.normal(5, 0.1, (4, 6)))
+    cube["origin_qx"] = (schema.SCAN_DIMS, rng.normal(6, 0.1, (4, 6)))
+    cube.attrs = {"title": "small", "beam_energy_keV": 200.0, "scan_rotation_degree": 30.0}
+    cube.attrs |= {"ellipse_ratio": 1.02, "ellipse_angle_degree": 20.0, "scan_transposed": 1}
+    return cube.chunk(scan_y=2, scan_x=3)
+
+
+def test_py4dstem__datacube_comes_back_with_its_calibration(tmp_path, cube):
+    pytest.importorskip("h5py")
+    source = open_source(export(cube, tmp_path / "cube.h5", to="py4dstem"))
+    np.testing.assert_array_equal(source.data[()], cube["intensity"])
+    assert {dim: (axis.step, axis.units) for dim, axis in source.axes.items()} == {
+        "scan_y": (2.0, "nm"), "scan_x": (2.0, "nm"), "qy": (0.02, "A^-1"), "qx": (0.02, "A^-1"),
+    }  # fmt: skip
+    np.testing.assert_allclose(source.variables["probe"], cube["probe"])
+    np.testing.assert_allclose(source.variables["origin_qx"], cube["origin_qx"])
+    for name in schema.GEOMETRY_ATTRS:
+        assert source.attrs[name] == pytest.approx(cube.attrs[name])
+
+
+def test_zspy__datacube_comes_back_and_hyperspy_reads_it(tmp_path, cube):
+    reader = pytest.importorskip("rsciio.zspy").file_reader
+    path = export(cube, tmp_path / "cube.zspy", to="zspy")
+    source = open_source(path)
+    np.testing.assert_array_equal(source.data[:], cube["intensity"])
+    assert source.axes["qx"].step == pytest.approx(0.02)
+    assert source.attrs["beam_energy_keV"] == 200
+    (signal,) = reader(path, lazy=True)
+    np.testing.assert_array_equal(np.asarray(signal["data"]), cube["intensity"])
+    assert [axis["navigate"] for axis in signal["axes"]] == [True, True, False, False]
+    assert [axis["name"] for axis in signal["axes"]] == ["y", "x", "ky", "kx"]
+    assert signal["metadata"]["Signal"]["signal_type"] == "electron_diffraction"
+
+
+def test_zspy__holds_a_signal_per_map(tmp_path, results):
+    reader = pytest.importorskip("rsciio.zspy").file_reader
+    path = export(results, tmp_path / "strain.zspy", to="zspy")
+    found = {signal["metadata"]["General"]["title"]: signal for signal in reader(path)}
+    np.testing.assert_array_equal(found["e_xx"]["data"], results["strain/e_xx"])
+    assert found["theta"]["metadata"]["Signal"]["quantity"] == "theta (rad)"
+    assert found["g1_qy"]["axes"][0]["scale"] == 2.0
+    assert "covariance" not in found
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export(results, path, to="zspy")
+    export(results, path, to="zspy", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["strain.zspy"]
+
+
+def test_parquet__is_the_table_with_types_and_attributes(tmp_path, results):
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = export(results, tmp_path / "strain.parquet", to="parquet")
+    table = pd.read_parquet(path)
+    assert table.shape == pd.read_csv(export(results, tmp_path / "strain.csv")).shape
+    np.testing.assert_array_equal(table["e_xx"].values.reshape(8, 10), results["strain/e_xx"])
+    facts = json.loads(pq.read_schema(path).metadata[b"fcunet"])
+    assert facts["reference"] == results["strain"].attrs["reference"]
+
+
+def test_export__refuses_a_table_of_a_datacube(tmp_path, cube):
+    with pytest.raises(ValueError, match="choose py4dstem or zspy"):
+        export(cube, tmp_path / "a.csv")

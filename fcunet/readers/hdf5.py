@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..schema import DATACUBE_DIMS
+from ..schema import DATACUBE_DIMS, GEOMETRY_ATTRS
 from .base import Axis, Source, Stacked
+from .bragg import geometry_from_py4dstem
 from .zarrs import apply_hyperspy_axes, choose, tem_attrs
 
 try:
@@ -89,10 +90,10 @@ def _read_py4dstem(path: Path, file: h5py.File, cubes: dict[str, h5py.Group]) ->
         if theirs in calibration and np.shape(calibration[theirs]) == source.data.shape[:2]:
             source.variables[ours] = calibration[theirs]
     source.attrs = {ours: calibration[key] for key, ours in _PY4DSTEM_ATTRS.items() if key in calibration}
-    if any(source.attrs.get(ours) for key, ours in _PY4DSTEM_ATTRS.items() if key.startswith("QR")):
+    source.attrs |= geometry_from_py4dstem(calibration)
+    if any(name in source.attrs for name in GEOMETRY_ATTRS):
         source.notes.append(
-            "rotation and flip between scan and detector are kept as attributes py4dstem_*, not applied; "
-            "give the rotation with: fcunet run --rotation-degree"
+            "rotation, flip and ellipse are those of the file; strain will be corrected for them"
         )
     probes = [probe["data"] for probe in _find_class(file, "Probe").values() if "data" in probe]
     for data in probes[:1]:
