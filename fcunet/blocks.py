@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .config import DetectionConfig
 from .kernels.peaks import Peaks
+from .memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -132,29 +133,23 @@ def build_detector(
     edge = calibration.edge_boundary if config.edge_boundary is None else config.edge_boundary
     probe = torch.as_tensor(np.ascontiguousarray(calibration.probe, dtype=np.float32), device=device)
     if config.method == "correlation":
-        from .kernels.correlation import find_disks, make_kernel
+        from .kernels.correlation import DiskFinder, make_kernel
 
-        kernel = make_kernel(probe, kernel=config.kernel, radii=config.kernel_radii)
-
-        def correlate(patterns: Tensor) -> Peaks:
-            return find_disks(
-                patterns,
-                kernel,
-                corr_power=config.corr_power,
-                sigma_cc=config.sigma_cc,
-                sigma_dp=config.sigma_dp,
-                transform=config.transform,
-                subpixel=config.subpixel,
-                upsample_factor=config.upsample_factor,
-                min_absolute_intensity=config.min_absolute_intensity,
-                min_relative_intensity=config.min_relative_intensity,
-                relative_to_peak=config.relative_to_peak,
-                min_peak_spacing=float(spacing),
-                edge_boundary=int(edge),
-                max_num_peaks=config.max_num_peaks,
-            )
-
-        return correlate
+        return DiskFinder(
+            make_kernel(probe, kernel=config.kernel, radii=config.kernel_radii),
+            corr_power=config.corr_power,
+            sigma_cc=config.sigma_cc,
+            sigma_dp=config.sigma_dp,
+            transform=config.transform,
+            subpixel=config.subpixel,
+            upsample_factor=config.upsample_factor,
+            min_absolute_intensity=config.min_absolute_intensity,
+            min_relative_intensity=config.min_relative_intensity,
+            relative_to_peak=config.relative_to_peak,
+            min_peak_spacing=float(spacing),
+            edge_boundary=int(edge),
+            max_num_peaks=config.max_num_peaks,
+        )
 
     from .kernels.correlation import centre_probe
     from .nn.detect import detect
@@ -232,6 +227,8 @@ def process_block(
                 "measure it on this datacube: calibration=fcunet.calibrate.calibrate(datacube)"
             )
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     patterns = chunk.reshape(-1, *shape)
     centres = np.broadcast_to(
         np.asarray(calibration.centre if origin is None else origin, float), (by, bx, 2)

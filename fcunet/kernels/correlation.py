@@ -1,15 +1,16 @@
 """Bragg disks by correlation with the vacuum probe, in batches, with the options and defaults of py4DSTEM."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .peaks import Peaks, find_maxima
-from .precision import DiskModel, describe_disk, position_sigma
-from .subpixel import crops, interpolation_weights, oversample, parabola, upsample
+from .precision import DiskModel, describe_disk, disk_light, position_sigma
+from .spectra import from_columns, to_columns
+from .subpixel import TAPS, crops, interpolation_weights, oversample, parabola, upsample_crops
 
 KernelName = Literal["flat", "gaussian", "sigmoid"]
 TransformName = Literal["none", "sqrt", "log"]
@@ -162,33 +163,84 @@ def find_disks(
     On a CPU the batch is worked off in groups of half a million pixels, so that 50 MB suffice for any batch;
     give it at least 32 patterns to make light of what is computed once per call.
     """
-    _check(patterns, kernel, corr_power, transform, subpixel)
-    plan = _plan(
-        kernel.to(patterns.device, torch.float32),
-        corr_power,
-        sigma_cc,
-        sigma_dp,
-        transform,
-        subpixel,
-        upsample_factor,
-    )
-    criteria = {
-        "edge_boundary": edge_boundary,
-        "min_absolute_intensity": min_absolute_intensity,
-        "min_relative_intensity": min_relative_intensity,
-        "relative_to_peak": relative_to_peak,
-        "min_peak_spacing": min_peak_spacing,
-        "max_num_peaks": max_num_peaks,
-    }
-    at_once = (
-        max(_CPU_PIXELS // kernel.numel(), 1) if patterns.device.type == "cpu" else max(len(patterns), 1)
-    )
-    parts = [_find(group, plan, criteria) for group in patterns.split(at_once) if len(group)]
-    if not parts:
-        empty = patterns.new_empty((0, max_num_peaks), dtype=torch.float32)
-        count = empty.new_empty(0, dtype=torch.int64)
-        return Peaks(empty, empty, empty, empty, count, count.bool())
-    return Peaks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return DiskFinder(
+        kernel.to(patterns.device),
+        corr_power=corr_power,
+        sigma_cc=sigma_cc,
+        sigma_dp=sigma_dp,
+        transform=transform,
+        subpixel=subpixel,
+        upsample_factor=upsample_factor,
+        min_absolute_intensity=min_absolute_intensity,
+        min_relative_intensity=min_relative_intensity,
+        relative_to_peak=relative_to_peak,
+        min_peak_spacing=min_peak_spacing,
+        edge_boundary=edge_boundary,
+        max_num_peaks=max_num_peaks,
+    )(patterns)
+
+
+class DiskFinder:
+    """:func:`find_disks` for many batches: what depends on the kernel and the options is computed once.
+
+    Parameters
+    ----------
+    kernel, ...
+        As for :func:`find_disks`; the batches must lie on the device of `kernel`.
+    """
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        *,
+        corr_power: float = 1.0,
+        sigma_cc: float = 2.0,
+        sigma_dp: float = 0.0,
+        transform: TransformName = "none",
+        subpixel: SubpixelName = "upsampled",
+        upsample_factor: int = 16,
+        **criteria: Any,
+    ) -> None:
+        _check(kernel, corr_power, transform, subpixel)
+        self.plan = _plan(
+            kernel.float(),
+            corr_power,
+            sigma_cc,
+            sigma_dp,
+            transform,
+            subpixel,
+            upsample_factor,
+            int(criteria["max_num_peaks"]),
+        )
+        self.criteria = criteria
+        self.shape = (kernel.shape[0], kernel.shape[1])
+
+    def __call__(self, patterns: Tensor) -> Peaks:
+        """Peaks of patterns (n, H, W)."""
+        if patterns.ndim != 3:
+            raise ValueError(
+                f"patterns are {tuple(patterns.shape)}, but (n, qy, qx) is needed; for one pattern: "
+                "pattern[None]"
+            )
+        if tuple(patterns.shape[1:]) != self.shape:
+            raise ValueError(
+                f"the kernel is {self.shape} and the patterns are {tuple(patterns.shape[1:])}; "
+                "make the kernel from a probe on the same detector"
+            )
+        if not len(patterns):
+            empty = patterns.new_empty((0, self.plan.slots), dtype=torch.float32)
+            count = empty.new_empty(0, dtype=torch.int64)
+            return Peaks(empty, empty, empty, empty, count, count.bool())
+        at_once = len(patterns)
+        if patterns.device.type == "cpu":
+            at_once = max(_CPU_PIXELS // (self.shape[0] * self.shape[1]), 1)
+        parts = [_search(group, self.plan, self.criteria) for group in patterns.split(at_once)]
+        offsets = range(0, len(patterns), at_once)
+        found = _Found(
+            torch.cat([part.which + n for part, n in zip(parts, offsets, strict=True)]),
+            *(torch.cat(column) for column in list(zip(*parts, strict=True))[1:]),
+        )
+        return _refine(found, len(patterns), self.plan)
 
 
 # Intermediate images of one group stay in the cache of a CPU core: twice as fast as whole batches.
@@ -204,14 +256,15 @@ _TRANSFORMS = {
 class _Plan(NamedTuple):
     """What all patterns of a call share."""
 
-    template: Tensor  # (H, W // 2 + 1) spectrum to multiply with
-    smoothing: Tensor  # (H, W // 2 + 1) or (1, 1), transfer function of the blur of the correlation
+    template: Tensor  # (W // 2 + 1, H) spectrum to multiply with
+    smoothing: Tensor  # (W // 2 + 1, H) or (1, 1), transfer function of the blur of the correlation
     foldable: bool  # smoothing may come before clipping
     corr_power: float
     transform: TransformName
     subpixel: SubpixelName
     factor: int
     oversampling: int  # of the correlation that is interpolated
+    slots: int
     weights: tuple[Tensor, Tensor]  # of interpolation along rows and columns
     disk: DiskModel
 
@@ -224,6 +277,7 @@ def _plan(
     transform: TransformName,
     subpixel: SubpixelName,
     factor: int,
+    slots: int,
 ) -> _Plan:
     height, width = kernel.shape
     template = torch.fft.rfft2(kernel).conj() * _gaussian_spectrum(sigma_dp, height, width, kernel.device)
@@ -237,58 +291,78 @@ def _plan(
     )
     decisive = template.conj() * (1 if subpixel == "upsampled" else smoothing)
     return _Plan(
-        template,
-        smoothing,
+        template.T.contiguous(),
+        smoothing.T.contiguous(),
         foldable=corr_power == 1 and _is_positive(kernel),
         corr_power=corr_power,
         transform=transform,
         subpixel=subpixel,
         factor=factor,
         oversampling=oversampling,
+        slots=slots,
         weights=weights,
-        disk=describe_disk(kernel, torch.fft.irfft2(decisive, s=kernel.shape)),
+        disk=describe_disk(kernel, torch.fft.irfft2(decisive, s=(height, width))),
     )
 
 
-def _find(patterns: Tensor, plan: _Plan, criteria: dict) -> Peaks:
-    """:func:`find_disks` for patterns that fit into memory, or into the cache, at once."""
-    counts = patterns.float()
+class _Found(NamedTuple):
+    """Maxima of a group of patterns, m in all, and what is needed of the images around them."""
+
+    which: Tensor  # (m,) pattern
+    slot: Tensor  # (m,) rank
+    y: Tensor  # (m,)
+    x: Tensor
+    value: Tensor
+    patch: Tensor  # (m, 3, 3) of the smooth correlation; (m, 0) if nobody needs it
+    square: Tensor  # (m, taps, taps) of what is interpolated, or (m, 0)
+    light: Tensor  # (m, 4) sums of the counts, for the error
+    n_peaks: Tensor  # (n,)
+    truncated: Tensor  # (n,)
+
+
+def _search(patterns: Tensor, plan: _Plan, criteria: dict[str, Any]) -> _Found:
+    """Maxima of patterns that fit into memory, or into the cache, at once."""
+    counts = patterns.float().contiguous()
     usable = counts.amax((1, 2)) > counts.amin((1, 2))  # not constant, not NaN
     sharp, smooth = _correlate(_TRANSFORMS[plan.transform](counts), plan)
     maxima = find_maxima(smooth, **criteria)
     found = (maxima.y >= 0) & usable[:, None]
     which, slot = found.nonzero(as_tuple=True)
-    y, x, intensity = maxima.y[found], maxima.x[found], maxima.value[found]
+    y, x = maxima.y[found], maxima.x[found]
+    nothing = counts.new_empty((len(y), 0))
+    patch = nothing if plan.subpixel == "pixel" else crops(smooth, which, y, x, 3)
+    square = nothing
+    if plan.subpixel == "upsampled":
+        square = crops(sharp, which, y * plan.oversampling, x * plan.oversampling, TAPS)
+    light = disk_light(counts, which, y, x, plan.disk)
+    truncated = maxima.truncated & usable
+    return _Found(which, slot, y, x, maxima.value[found], patch, square, light, found.sum(1), truncated)
+
+
+def _refine(found: _Found, n: int, plan: _Plan) -> Peaks:
+    """Positions between pixels, heights and errors of the maxima of `n` patterns, brightest first."""
+    intensity = found.value
     dy = dx = torch.zeros_like(intensity)
     if plan.subpixel != "pixel":
-        dy, dx, intensity = parabola(crops(smooth, which, y, x, 3))
+        dy, dx, intensity = parabola(found.patch)
     if plan.subpixel == "upsampled":
-        dy, dx = upsample(
-            sharp,
-            which,
-            y,
-            x,
-            dy,
-            dx,
-            weights=plan.weights,
-            factor=plan.factor,
-            oversampling=plan.oversampling,
+        dy, dx = upsample_crops(
+            found.square, found.y, found.x, dy, dx, weights=plan.weights, factor=plan.factor
         )
     sigma = position_sigma(
-        counts, which, y, x, plan.disk, transform=plan.transform, rounded=plan.subpixel == "pixel"
+        found.light, found.which, n, plan.disk, transform=plan.transform, rounded=plan.subpixel == "pixel"
     )
-    padded = counts.new_full((4, *found.shape), torch.nan)
-    padded[:, which, slot] = torch.stack([y + dy, x + dx, intensity, sigma])
+    padded = intensity.new_full((4, n, plan.slots), torch.nan)
+    padded[:, found.which, found.slot] = torch.stack([found.y + dy, found.x + dx, intensity, sigma])
     order = padded[2].nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices
-    padded = padded.gather(2, order.expand_as(padded))
-    qy, qx, intensity, sigma = padded
-    return Peaks(qy, qx, intensity, sigma, n_peaks=found.sum(1), truncated=maxima.truncated & usable)
+    qy, qx, intensity, sigma = padded.gather(2, order.expand_as(padded))
+    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated)
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Correlation as it is, oversampled as planned (empty if nobody needs it), and clipped and smoothed."""
+    """What is interpolated, oversampled as planned (empty if nothing is), and what has the maxima."""
     size = (images.shape[1], images.shape[2])
-    spectrum = torch.fft.rfft2(images).mul_(plan.template)
+    spectrum = to_columns(images).mul_(plan.template)
     if plan.corr_power != 1:
         magnitude = spectrum.abs()
         spectrum *= torch.where(magnitude > 0, magnitude ** (plan.corr_power - 1), 0.0)
@@ -296,13 +370,13 @@ def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     if blurred and plan.foldable:
         sharp = images.new_empty(0)
         if plan.subpixel == "upsampled":
-            sharp = torch.fft.irfft2(spectrum, s=size)
-        return sharp, torch.fft.irfft2(spectrum.mul_(plan.smoothing), s=size).clamp_(min=0)
+            sharp = from_columns(spectrum, size)
+        return sharp, from_columns(spectrum.mul_(plan.smoothing), size).clamp_(min=0)
     step = plan.oversampling
-    sharp = torch.fft.irfft2(spectrum, s=size) if step == 1 else oversample(spectrum, size)
+    sharp = from_columns(spectrum, size) if step == 1 else oversample(spectrum.transpose(1, 2), size)
     smooth = sharp[:, ::step, ::step].clamp(min=0)
     if blurred:
-        smooth = torch.fft.irfft2(torch.fft.rfft2(smooth).mul_(plan.smoothing), s=size)
+        smooth = from_columns(to_columns(smooth).mul_(plan.smoothing), size)
     return sharp, smooth
 
 
@@ -380,16 +454,9 @@ def _squared_radius(image: Tensor) -> Tensor:
     return y[:, None] ** 2 + x**2
 
 
-def _check(patterns: Tensor, kernel: Tensor, corr_power: float, transform: str, subpixel: str) -> None:
-    if patterns.ndim != 3:
-        raise ValueError(
-            f"patterns are {tuple(patterns.shape)}, but (n, qy, qx) is needed; for one pattern: pattern[None]"
-        )
-    if tuple(kernel.shape) != tuple(patterns.shape[1:]):
-        raise ValueError(
-            f"the kernel is {tuple(kernel.shape)} and the patterns are {tuple(patterns.shape[1:])}; "
-            "make the kernel from a probe on the same detector"
-        )
+def _check(kernel: Tensor, corr_power: float, transform: str, subpixel: str) -> None:
+    if kernel.ndim != 2:
+        raise ValueError(f"the kernel is {tuple(kernel.shape)}, but (qy, qx) is needed")
     if not (torch.isfinite(kernel).all() and kernel.any()):
         raise ValueError("the kernel is all zero or not finite; make it with make_kernel(probe)")
     if not 0 <= corr_power <= 1:

@@ -4,8 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_TAPS = 17
+TAPS = 17
+_WINDOW = 9  # points per axis looked at first
 _RIDGE = 1e-9  # relative variance of the rounding of float32, which keeps the weights bounded
 
 
@@ -63,14 +65,14 @@ def interpolation_weights(power: Tensor, factor: int, oversampling: int = 1) -> 
         )
     power = power.double().cpu()
     frequency = torch.fft.fftfreq(power.shape[0], dtype=torch.float64)
-    last, taps = _last_point(factor), torch.arange(_TAPS) - _TAPS // 2
+    last, taps = _last_point(factor), torch.arange(TAPS) - TAPS // 2
     # every distance is a whole number of these steps
-    steps = torch.arange(_TAPS * factor + last * oversampling, dtype=torch.float64)[:, None]
+    steps = torch.arange(TAPS * factor + last * oversampling, dtype=torch.float64)[:, None]
     cosines = torch.cos(2 * torch.pi / (factor * oversampling) * steps * frequency)
     autocorrelation = cosines @ (power / power.sum())
 
     between_taps = autocorrelation[(taps[:, None] - taps).abs() * factor]
-    between_taps += _RIDGE * torch.eye(_TAPS, dtype=torch.float64)
+    between_taps += _RIDGE * torch.eye(TAPS, dtype=torch.float64)
     points = torch.arange(-last, last + 1)
     to_points = autocorrelation[(taps[:, None] * factor - points * oversampling).abs()]
     return torch.linalg.solve(between_taps, to_points).T.float()
@@ -116,24 +118,62 @@ def upsample(
     dy, dx : Tensor, shape (m,)
         Refined offset from (y, x), px.
     """
-    size = math.ceil(1.5 * factor)
-    steps = torch.arange(size, device=image.device)
-    first_y, first_x = _grid_start(y, dy, factor), _grid_start(x, dx, factor)
-    rows = weights[0].to(image)[first_y[:, None] + steps + _last_point(factor)]  # (m, size, taps)
-    columns = weights[1].to(image)[first_x[:, None] + steps + _last_point(factor)]
-    square = crops(image, which, y * oversampling, x * oversampling, _TAPS)
-    grid = rows @ square @ columns.transpose(1, 2)  # (m, size, size)
+    square = crops(image, which, y * oversampling, x * oversampling, TAPS)
+    return upsample_crops(square, y, x, dy, dx, weights=weights, factor=factor)
 
+
+def upsample_crops(
+    square: Tensor,
+    y: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    *,
+    weights: tuple[Tensor, Tensor],
+    factor: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`upsample` from the pixels around each maximum, (m, taps, taps)."""
+    size = math.ceil(1.5 * factor)
+    first_y, first_x = _grid_start(y, dy, factor), _grid_start(x, dx, factor)
+    # The image is smooth and the start is good: the highest point is looked for nearby, and in the whole grid
+    # only where it turns out to lie on the border of this window.
+    if len(square) == 0:
+        return dy, dx
+    near = min(_WINDOW, size)
+    from_y = ((dy * factor).round().long() - first_y - near // 2).clamp(0, size - near)
+    from_x = ((dx * factor).round().long() - first_x - near // 2).clamp(0, size - near)
+    fine_y, fine_x, cut = _highest(square, first_y + from_y, first_x + from_x, near, weights, factor)
+    if near < size and (cut := cut.nonzero()[:, 0]).numel():
+        fine_y[cut], fine_x[cut], _ = _highest(square[cut], first_y[cut], first_x[cut], size, weights, factor)
+    return fine_y, fine_x
+
+
+def _highest(
+    square: Tensor, first_y: Tensor, first_x: Tensor, size: int, weights: tuple[Tensor, Tensor], factor: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Highest of `size` x `size` points, refined by a parabola, and whether it lies on their border."""
+    # two products with all points that may be needed, for all peaks at once, then a choice among their
+    # columns: each peak is added up in the same order whatever its place in the batch
+    last, m, taps = _last_point(factor), square.shape[0], square.shape[1]
+    reach = min(math.ceil(factor / 2) + (last if size > _WINDOW else _WINDOW // 2), last)
+    by_row, by_column = (w.to(square)[last - reach : last + reach + 1] for w in weights)
+    steps = torch.arange(size, device=square.device) + reach
+    along_x = F.linear(square.reshape(m * taps, taps), by_column).view(m, taps, 2 * reach + 1)
+    chosen = (first_x[:, None] + steps)[:, None].expand(m, taps, size)
+    lines = along_x.gather(2, chosen).transpose(1, 2).reshape(m * size, taps)
+    along_y = F.linear(lines, by_row).view(m, size, 2 * reach + 1)
+    chosen = (first_y[:, None] + steps)[:, None].expand(m, size, size)
+    grid = along_y.gather(2, chosen).transpose(1, 2)  # (m, size, size)
     best = grid.flatten(1).argmax(1)
     iy, ix = best // size, best % size
     inside = (iy > 0) & (iy < size - 1) & (ix > 0) & (ix < size - 1)
-    m = torch.arange(len(grid), device=image.device)
+    n = torch.arange(m, device=grid.device)
     jy, jx = iy.clamp(1, size - 2), ix.clamp(1, size - 2)
-    vertex_y = _vertex(grid[m, jy - 1, jx], grid[m, jy, jx], grid[m, jy + 1, jx])
-    vertex_x = _vertex(grid[m, jy, jx - 1], grid[m, jy, jx], grid[m, jy, jx + 1])
+    vertex_y = _vertex(grid[n, jy - 1, jx], grid[n, jy, jx], grid[n, jy + 1, jx])
+    vertex_x = _vertex(grid[n, jy, jx - 1], grid[n, jy, jx], grid[n, jy, jx + 1])
     fine_y = (first_y + iy + torch.where(inside, vertex_y, 0.0)) / factor
     fine_x = (first_x + ix + torch.where(inside, vertex_x, 0.0)) / factor
-    return fine_y, fine_x
+    return fine_y, fine_x, ~inside
 
 
 def oversample(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
@@ -154,6 +194,28 @@ def oversample(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
 
 def crops(image: Tensor, which: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """Squares of `size` (odd) pixels around (y, x), cut from periodic images (n, H, W): (m, size, size)."""
+    width, half = image.shape[2], size // 2
+    if image.device.type != "cpu" or not image.is_contiguous() or width < size:
+        return _wrapped_crops(image, which, y, x, size)
+    # line by line, three times as fast as pixel by pixel, where no line runs over the border
+    wraps = (x < half) | (x >= width - half)
+    if not wraps.any():
+        return _whole_lines(image, which, y, x, size)
+    out = image.new_empty((len(x), size, size))
+    out[~wraps] = _whole_lines(image, which[~wraps], y[~wraps], x[~wraps], size)
+    out[wraps] = _wrapped_crops(image, which[wraps], y[wraps], x[wraps], size)
+    return out
+
+
+def _whole_lines(image: Tensor, which: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    _, height, width = image.shape
+    rows = (y[:, None] + torch.arange(-(size // 2), size - size // 2)) % height + which[:, None] * height
+    first = rows * width + (x - size // 2)[:, None]
+    lines = image.view(-1).unfold(0, size, 1)  # (n H W - size + 1, size), no copy
+    return lines.index_select(0, first.flatten()).view(-1, size, size)
+
+
+def _wrapped_crops(image: Tensor, which: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     _, height, width = image.shape
     steps = torch.arange(size, device=image.device) - size // 2
     rows = (y[:, None] + steps) % height + which[:, None] * height

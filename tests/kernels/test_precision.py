@@ -6,7 +6,7 @@ import torch
 from scipy.special import erfc
 
 from fcunet.kernels.correlation import find_disks, make_kernel
-from fcunet.kernels.precision import _response, describe_disk, position_sigma
+from fcunet.kernels.precision import _response, describe_disk, disk_light, position_sigma
 
 RADIUS, EDGE, SIZE = 7.0, 0.7, 128
 
@@ -89,13 +89,19 @@ def test_find_disks__adds_the_rounding_to_whole_pixels():
     assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=0.15)
 
 
+def sigma_of(patterns, at, kernel):
+    """Error of one disk per pattern, at row and column `at`."""
+    model, which = describe_disk(kernel, kernel), torch.arange(len(patterns))
+    return position_sigma(disk_light(patterns, which, at, at, model), which, len(patterns), model)
+
+
 def test_position_sigma__of_a_plain_correlation_is_its_closed_form():
     kernel = make_kernel(disk((SIZE, SIZE), (64, 64)))
     electrons = 5000.0
     pattern = torch.from_numpy(disk((SIZE, SIZE), (64, 64)))[None].float()
     pattern *= electrons / pattern.sum()
     at = torch.tensor([64])
-    sigma = position_sigma(pattern, torch.tensor([0]), at, at, describe_disk(kernel, kernel))
+    sigma = sigma_of(pattern, at, kernel)
     expected = np.sqrt(np.sqrt(np.pi) * RADIUS * EDGE / electrons)
     # an even disk without noise has less variance than Poisson: no texture
     assert float(sigma) == pytest.approx(expected, rel=0.03)
@@ -106,7 +112,7 @@ def test_position_sigma__falls_with_the_square_root_of_the_dose():
     pattern = torch.from_numpy(disk((SIZE, SIZE), (64, 64))).float()
     patterns = torch.stack([pattern * 2, pattern * 200])
     at = torch.tensor([64, 64])
-    sigma = position_sigma(patterns, torch.tensor([0, 1]), at, at, describe_disk(kernel, kernel))
+    sigma = sigma_of(patterns, at, kernel)
     assert float(sigma[0] / sigma[1]) == pytest.approx(10, rel=0.02)
 
 
