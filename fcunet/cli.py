@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it: ``fcunet --help`` answers a
 """
 
 import inspect
+import itertools
 import json
 import logging
 import sys
@@ -388,16 +389,23 @@ def train(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine, and say what to do about what is missing."""
+def doctor(
+    cluster: Annotated[
+        str | None, typer.Option(help="also check a profile, with one job, or a scheduler's address")
+    ] = None,
+) -> None:
+    """Check this machine and a cluster, and say what to do about what is missing."""
     from .doctor import examine
+    from .doctor_cluster import examine_cluster
 
-    checks = examine()
-    for check in checks:
-        typer.echo(f"{'ok ' if check.ok else 'BAD'}  {check.name:10}  {check.finding}")
+    sound = True
+    there = examine_cluster(cluster, say=lambda text: typer.echo(f"...  {text}")) if cluster else ()
+    for check in itertools.chain(examine(), there):
+        typer.echo(f"{'ok ' if check.ok else 'BAD'}  {check.name:13}  {check.finding}")
         if not check.ok:
-            typer.echo(f"                 {check.advice}")
-    if not all(check.ok for check in checks):
+            sound = False
+            typer.echo(f"                    {check.advice}")
+    if not sound:
         raise typer.Exit(1)
 
 

@@ -23,8 +23,11 @@ from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.core import Status
 from distributed.system import MEMORY_LIMIT
+from distributed.utils import get_ip_interface
 
-from .slurm import build_cluster, read_profile, slurm_client, watch_of
+from .allocation import DEFAULT_JOBS, StepWatch, allocation_client
+from .slurm import Profile, ProfileSettings, build_cluster, preflight, read_profile
+from .watch import JobWatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ DASK_SETTINGS: dict[str, Any] = {
     "distributed.worker.use-file-locking": False,  # node-local scratch of our own, and no NFS locks
     "distributed.scheduler.dashboard.status.task-stream-length": 1000,
 }
+ALLOCATION = Profile("srun", ProfileSettings(cluster="srun"), DEFAULT_JOBS)
 _GPU_THREADS = 3  # one computes while two read and decompress
 _WORKER_BYTES = 1.5 * 2**30  # a block of 128 MiB as stored and as batches, torch, and room to spare
 
@@ -151,6 +155,7 @@ def connect(
     cluster : str
         ``"local"``: worker processes on this machine, one per GPU, or one per core without a GPU.
         ``"tcp://HOST:PORT"`` or ``"tls://HOST:PORT"``: a scheduler that runs already; it is left running.
+        ``"srun"``: workers inside the SLURM allocation that this process runs in, one per GPU.
         ``"PROFILE.yaml"``: a site profile, see ``cluster/profiles``.
     workers : int, optional
         Worker processes to start; None = as many as make sense on this machine, or as the profile says.
@@ -183,12 +188,14 @@ def connect(
                 yield from _local(workers, device, dashboard_address, scratch)
             elif cluster.partition("://")[0] in ("tcp", "tls", "ucx"):
                 yield from _existing(cluster)
-            elif Path(cluster).suffix in (".yaml", ".yml"):
-                yield from _profile(Path(cluster), workers, device, dashboard_address, scratch, log_directory)
+            elif cluster == "srun" or Path(cluster).suffix in (".yaml", ".yml"):
+                profile = ALLOCATION if cluster == "srun" else read_profile(cluster)
+                yield from _profile(profile, workers, device, dashboard_address, scratch, log_directory)
             else:
                 raise ValueError(
-                    f"cluster {cluster!r} is not known; use 'local', the address of a scheduler "
-                    "(tcp://HOST:PORT), or a profile such as cluster/profiles/slurm-gpu.yaml"
+                    f"cluster {cluster!r} is not known; use 'local', 'srun' (inside an allocation), the "
+                    "address of a scheduler (tcp://HOST:PORT), or a profile such as "
+                    "cluster/profiles/slurm-gpu.yaml"
                 )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -215,7 +222,7 @@ def plan_workers(cluster: str = "local", workers: int | None = None, *, device: 
         memory = min((int(info["memory_limit"]) for info in infos), default=0)
         threads = max((int(info["nthreads"]) for info in infos), default=1)
         return WorkerPlan(max(len(infos), 1), threads, memory or None, gpu=device != "cpu", local=False)
-    profile = read_profile(cluster)
+    profile = ALLOCATION if cluster == "srun" else read_profile(cluster)
     if profile.settings.cluster == "local":
         return _plan_local(workers or profile.settings.workers, device)
     per_job = int(profile.jobs.get("processes") or max(1, profile.settings.gpus))
@@ -243,8 +250,9 @@ def _plan_local(workers: int | None, device: str) -> WorkerPlan:
 
 def job_script(profile: str | Path, log_directory: str | Path) -> str:
     """The job script that a profile makes SLURM run for each job; nothing is submitted or written."""
+    found = ALLOCATION if profile == "srun" else read_profile(profile)
     with tempfile.TemporaryDirectory() as folder:
-        cluster = build_cluster(read_profile(profile), log_directory=folder)
+        cluster = build_cluster(found, log_directory=folder)
         try:
             return cluster.job_script().replace(folder, str(Path(log_directory).resolve()))
         finally:
@@ -292,36 +300,76 @@ def _existing(address: str) -> Iterator[Client]:
 
 
 def _profile(
-    path: Path,
+    profile: Profile,
     workers: int | None,
     device: str,
     dashboard_address: str,
     scratch: Path,
     log_directory: str | Path | None,
 ) -> Iterator[Client]:
-    profile = read_profile(path)
+    settings = profile.settings
     with dask.config.set(profile.dask):
-        if profile.settings.cluster == "local":
-            yield from _local(workers or profile.settings.workers, device, dashboard_address, scratch)
+        if settings.cluster == "local":
+            yield from _local(workers or settings.workers, device, dashboard_address, scratch)
             return
-        address = free_address(dashboard_address)
-        with slurm_client(profile, workers, dashboard_address=address, log_directory=log_directory) as client:
-            gpus = profile.settings.gpus
-            client.register_plugin(WorkerSetup(pin_devices=gpus > 1, expect_gpu=gpus > 0 and device != "cpu"))
-            yield client
+        address = free_address(on_interface(dashboard_address, settings.dashboard_interface))
+        jobs = _allocation if settings.cluster == "srun" else _slurm
+        with jobs(profile, workers, address, log_directory) as (client, watch):
+            several = settings.gpus > 1 or (settings.gpus > 0 and settings.cluster == "srun")
+            wants_gpu = settings.gpus > 0 and device != "cpu"
+            client.register_plugin(WorkerSetup(pin_devices=several, expect_gpu=wants_gpu))
+            _WATCHES[id(client)] = watch
+            try:
+                yield client
+            finally:
+                _WATCHES.pop(id(client), None)
 
 
-def report_health(client: Client, workers: int) -> str:
+_WATCHES: dict[int, JobWatch | StepWatch] = {}
+
+
+@contextmanager
+def _slurm(
+    profile: Profile, workers: int | None, dashboard_address: str, log_directory: str | Path | None
+) -> Iterator[tuple[Client, JobWatch]]:
+    """Workers that are SLURM jobs, cancelled with the context."""
+    cluster = build_cluster(profile, dashboard_address=dashboard_address, log_directory=log_directory)
+    try:
+        preflight(cluster.job_script())
+        jobs = -(-(workers or profile.settings.workers) // max(1, profile.settings.gpus))
+        # adapt, not scale: only adapt replaces a job that is lost later on
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
+        with Client(cluster) as client:
+            yield client, JobWatch(cluster, profile.settings)
+    finally:
+        cluster.close()
+
+
+@contextmanager
+def _allocation(
+    profile: Profile, workers: int | None, dashboard_address: str, log_directory: str | Path | None
+) -> Iterator[tuple[Client, StepWatch]]:
+    """Workers inside the allocation of this job."""
+    folder = Path(profile.jobs.get("log-directory") or log_directory or "fcunet-jobs").resolve()
+    with allocation_client(
+        profile, workers, dashboard_address=dashboard_address, log_directory=folder
+    ) as parts:
+        yield parts
+
+
+def report_health(client: Client, workers: int, progress: int = 0) -> str:
     """One line on what a run is waiting for; empty when all is well. Called once per second by the driver.
+
+    `progress` counts what the run has done so far.
 
     Raises
     ------
     ClusterError
         When jobs end or hang before their workers have registered, and no worker is left.
     """
-    watch = watch_of(client)
+    watch = _WATCHES.get(id(client))
     if watch is not None:
-        return watch.look(workers)
+        return watch.look(workers, progress)
     if isinstance(client.cluster, LocalCluster):
         _revive(client.cluster)
     return "" if workers else "waiting for workers"
@@ -337,6 +385,20 @@ def _revive(cluster: LocalCluster) -> None:
         if process is not None and (nanny.status, process.status) == (Status.running, Status.stopped):
             assert cluster.loop is not None
             cluster.loop.add_callback(nanny.instantiate)  # does nothing where it is under way already
+
+
+def on_interface(address: str, interface: str) -> str:
+    """`address` (HOST:PORT) on the network `interface` names, if its host is still the default.
+
+    Raises
+    ------
+    ValueError
+        If this machine has no such network; those it has are named.
+    """
+    host, _, port = address.rpartition(":")
+    if interface == "lo" or host not in ("127.0.0.1", "localhost"):
+        return address
+    return f"{get_ip_interface(interface)}:{port}"
 
 
 def free_address(address: str) -> str:

@@ -6,38 +6,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import __version__
+from .checks import Check, guarded
 
 _PACKAGES = ("numpy", "torch", "xarray", "zarr", "dask", "distributed", "dask-jobqueue")
 _SCRATCH_GIB = 2
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the examination."""
-
-    name: str
-    ok: bool
-    finding: str
-    advice: str = ""
-
-
 def examine() -> list[Check]:
     """Run every check; none of them raises, and none leaves anything behind."""
-    return [_guarded(name, check) for name, check in _CHECKS.items()]
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except Exception as err:  # a broken installation may fail in any way; the finding is the failure
-        return Check(
-            name, False, f"{type(err).__name__}: {err}", "see the message; then: fcunet --verbose doctor"
-        )
+    return [guarded(name, check) for name, check in _CHECKS.items()]
 
 
 def _packages() -> Check:

@@ -80,13 +80,13 @@ class RunLock:
         # written under another name and linked, so that nobody ever reads half a lock; link is atomic on NFS
         # too
         draft = self.path.with_name(f"run.lock.{facts['token']}")
-        draft.write_text(self._content)
         try:
+            draft.write_text(self._content)
             os.link(draft, self.path)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _holder(self) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar with patterns per second on a terminal, plain lines in a log."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class Progress:
         self._start = self._first = time.monotonic()
         self._last_line = self._start
         self._say = say or (lambda text: print(text, flush=True))
+        self._noted = ""
         self._bar: Any = None
         self._task: Any = None
         self._show = show
@@ -84,8 +86,11 @@ class Progress:
         """Something to show beside the bar, such as that workers are waited for."""
         if self._bar is not None:
             self._bar.update(self._task, note=text)
-        elif text:
+        elif text:  # what is waited for is said at once, and again as often as any other line
+            if text != self._noted and self._show:
+                self._last_line = -math.inf
             self._line(text)
+        self._noted = text
 
     def _update(self) -> None:
         complete = self.before + self.now + self.failed

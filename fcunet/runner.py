@@ -5,6 +5,7 @@
     RUN/peaks.zarr     Bragg peaks of every position, written block by block by the workers, with a done mask
     RUN/strain.zarr    the results, an xarray.DataTree
     RUN/report.html    all figures in one file; strain.png and others beside it
+    RUN/dask-report.html  what the workers did when, by Dask; RUN/jobs/ the logs of batch jobs
     RUN/config.yaml    the settings     RUN/run.log  what happened     RUN/summary.json  speed, memory,
     failures
 
@@ -44,7 +45,7 @@ from .nn.weights import resolve_weights
 from .progress import Progress, duration
 from .provenance import provenance
 from .results import analyse, public_settings
-from .session import Speaker, draining, log_to, write_text
+from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
 from .slurm import read_profile
 from .store import (
     create_peaks,
@@ -58,6 +59,7 @@ from .tiles import (
     TileJob,
     create_patterns,
     finish_patterns,
+    full_disk_is_named,
     load_calibration,
     reopen_patterns,
     run_tiles,
@@ -68,6 +70,7 @@ from .zarrfolder import root_attrs
 logger = logging.getLogger(__name__)
 
 PEAKS, RESULTS, LOG, SUMMARY, CONFIG = "peaks.zarr", "strain.zarr", "run.log", "summary.json", "config.yaml"
+DASK_REPORT = "dask-report.html"
 _IDENTITY = ("science_sha256", "weights_sha256", "input_fingerprint")
 _IDENTITY_WORDS = {
     "science_sha256": "the region or the detection settings",
@@ -141,7 +144,7 @@ def run(
     """
     plan = _plan(config)
     say = Speaker(progress)
-    with RunLock(plan.out), log_to(plan.out / LOG):
+    with full_disk_is_named(plan.out), RunLock(plan.out), log_to(plan.out / LOG):
         begin = time.perf_counter()
         logger.info("fcunet %s, run in %s", __version__, plan.out)
         if restart:
@@ -414,6 +417,8 @@ def _run_blocks(
     )
     say(f"  compute   {_describe_workers(client)}")
     say(f"  dashboard {client.dashboard_link}   strain page: {_page_address(client)}")
+    for line in ways_to_dashboard(client.dashboard_link):
+        say(line)
     client.forward_logging("fcunet", level=logging.INFO)
     title = f"{plan.datacube.attrs.get('title') or plan.store.stem}"
     page = RunPageFeed(client, run=f"{job.run_id}-{os.getpid()}", title=title, status=status)
@@ -422,7 +427,10 @@ def _run_blocks(
     devices: set[str] = set()
     last_page = 0.0
 
-    with Progress(total, done_before, show=progress, say=say) as bar:
+    with (
+        dask_report(client, plan.out / DASK_REPORT),
+        Progress(total, done_before, show=progress, say=say) as bar,
+    ):
 
         def on_done(block: Block, numbers: dict[str, Any]) -> None:
             for name, value in numbers["seconds"].items():
@@ -448,7 +456,7 @@ def _run_blocks(
             note = (
                 "stopping: finishing the blocks in flight"
                 if stop.is_set()
-                else report_health(client, workers)
+                else report_health(client, workers, bar.now + bar.failed)
             )
             bar.note(note)
             page.send(rate=bar.rate, remaining_s=bar.remaining_s, workers=workers, note=note)
@@ -569,7 +577,7 @@ def _forget(out: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for name in (PEAKS, RESULTS):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (SUMMARY, CONFIG, "report.html"):
+    for name in (SUMMARY, CONFIG, DASK_REPORT, "report.html"):
         (out / name).unlink(missing_ok=True)
 
 

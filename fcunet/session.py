@@ -1,13 +1,18 @@
-"""What surrounds a run: its log file, its words on the terminal, and the signals that ask it to stop."""
+"""What surrounds a run: its log file, its words on the terminal, its dashboard, signals, Dask's report."""
 
+import getpass
 import logging
 import os
 import signal
+import socket
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from distributed import Client, performance_report
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ def log_to(path: Path) -> Iterator[None]:
     package = logging.getLogger("fcunet")
     level, propagate = package.level, package.propagate
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path)
+    file = _File(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     onward = _Onward()
     package.addHandler(file)
@@ -47,6 +52,13 @@ def log_to(path: Path) -> Iterator[None]:
         file.close()
 
 
+class _File(logging.FileHandler):
+    """A log that a full disk does not turn into pages of tracebacks: the run itself says what is wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class _Onward(logging.Handler):
     """Hands records to the root logger by its own level: the file wants more than the terminal."""
 
@@ -54,6 +66,63 @@ class _Onward(logging.Handler):
         root = logging.getLogger()
         if record.levelno >= root.level:
             root.handle(record)
+
+
+def ways_to_dashboard(link: str, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """How to open `link` from where the user sits: an ssh tunnel, or the proxy of a JupyterHub.
+
+    Parameters
+    ----------
+    link : str
+        ``http://HOST:PORT/status``.
+    environment : mapping
+        Of this process: says whether it was reached by ssh, runs in a SLURM job, or under JupyterHub.
+
+    Returns
+    -------
+    list of str
+        None on a machine the user sits at.
+    """
+    address = urlsplit(link)
+    host, port = address.hostname or "127.0.0.1", address.port or 80
+    lines = []
+    prefix = environment.get("JUPYTERHUB_SERVICE_PREFIX")
+    if prefix:
+        target = f"{port}" if host in ("127.0.0.1", "localhost") else f"{host}:{port}"
+        lines.append(f"  jupyter   {prefix}proxy/{target}/status   (jupyter-server-proxy)")
+    job, login = environment.get("SLURM_JOB_ID"), environment.get("SLURM_SUBMIT_HOST")
+    if not (job or environment.get("SSH_CONNECTION")):
+        return lines
+    user, here = getpass.getuser(), socket.gethostname()
+    jump = f"-J {user}@{login} " if job and login and login != here else ""
+    lines.append(
+        f"  tunnel    ssh -N -L {port}:{host}:{port} {jump}{user}@{here}   (type it on your machine)"
+    )
+    return lines
+
+
+@contextmanager
+def dask_report(client: Client, path: Path) -> Iterator[None]:
+    """Keep Dask's own report of what the workers did: one page that opens without a network.
+
+    It must not take a run with it: without a scheduler, or with a full disk, there is none.
+    """
+    report = performance_report(filename=str(path), mode="inline")
+    try:
+        with client.as_current():
+            report.__enter__()
+    except Exception as err:
+        logger.warning("no %s: %s", path.name, err)
+        yield
+        return
+    try:
+        yield
+    finally:
+        try:
+            with client.as_current():
+                report.__exit__(None, None, None)
+        except Exception as err:
+            logger.warning("no %s: %s", path.name, err)
 
 
 @contextmanager

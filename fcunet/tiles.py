@@ -10,10 +10,12 @@ the same function of (iy, ix) as in a `map_blocks` over the block index.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import queue
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -47,6 +49,10 @@ _RESULT_TIMEOUT_S = 5.0
 _DRAIN_S = 600.0  # how long a stop waits for the blocks in flight
 _PARTIAL = "partial"  # group in the peaks store: what each block adds to the mean and maximum pattern
 _THUMBNAIL = 8
+
+
+class StorageError(RuntimeError):
+    """No block can be read or written: a full disk, a quota, a path that a node does not see."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
 
     # several torch threads add up in another order: the bytes would depend on the cores of the machine
     torch.set_num_threads(1)
+    _check_sight(job)
     start = time.perf_counter()
     grid = block_grid(job.peaks)
     ys, xs = scan_slices(grid, job.origin, iy, ix)
@@ -122,10 +129,11 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
     )
     computed = time.perf_counter()
     _check_run(job)
-    write_peaks_block(job.peaks, iy, ix, values)
-    for name in ("sum", "maximum"):
-        open_array(Path(job.peaks, _PARTIAL), name, mode="r+")[iy, ix] = values[name]
-    set_status(job.peaks, iy, ix, schema.STATUS_DONE)
+    with full_disk_is_named(job.peaks):
+        write_peaks_block(job.peaks, iy, ix, values)
+        for name in ("sum", "maximum"):
+            open_array(Path(job.peaks, _PARTIAL), name, mode="r+")[iy, ix] = values[name]
+        set_status(job.peaks, iy, ix, schema.STATUS_DONE)
     end = time.perf_counter()
     return {
         "patterns": int(values["n_peaks"].size),
@@ -347,6 +355,8 @@ class _Window:
                 todo.append(block)
                 continue
             error = future.exception()
+            if isinstance(error, StorageError):  # it would be the same with every other block
+                raise error
             if isinstance(error, KilledWorker) and suspects is not None:
                 logger.warning("block %s was on several workers that died; it is tried again alone", block)
                 suspects.append(block)
@@ -354,7 +364,8 @@ class _Window:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, KilledWorker):
                 reason = "every worker that took it died, most likely out of memory"
-            mark_failed(self.job, *block)
+            with full_disk_is_named(self.job.peaks):
+                mark_failed(self.job, *block)
             counts.failed[block] = reason
             on_failed(block, reason)
 
@@ -404,6 +415,36 @@ def _origin(calibration: Calibration, ys: slice, xs: slice) -> np.ndarray:
         return calibration.origin_stored[ys, xs]
     y, x = np.mgrid[ys, xs]
     return surface_at(calibration.origin_plane, np.stack([y, x], axis=-1))
+
+
+def _check_sight(job: TileJob) -> None:
+    """A node that does not see the stores says so, and not that each block is damaged."""
+    for path in (job.store, job.peaks):
+        if not os.path.isdir(path):
+            raise StorageError(
+                f"{_node()} does not see {path}; put the scan and the run directory (--out) on a file system "
+                "that all nodes share, or keep away from that node (job-extra-directives: --exclude=NODE); "
+                "then the same command continues"
+            )
+
+
+@contextlib.contextmanager
+def full_disk_is_named(path: str | Path) -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded" into a :class:`StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{os.strerror(err.errno)}: {_node()} cannot write to {path}; make room there (df -h, quota -s), "
+            "then the same command continues"
+        ) from None
+
+
+def _node() -> str:
+    """This machine, by the name SLURM knows it by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _check_run(job: TileJob) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import urllib.request
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import numpy as np
 import pytest
 
 from fcunet import slurm
-from fcunet.cluster import DASK_SETTINGS, connect, free_address, report_health, visible_device
+from fcunet import watch as watch_module
+from fcunet.allocation import step_command
+from fcunet.cluster import (
+    DASK_SETTINGS,
+    connect,
+    free_address,
+    on_interface,
+    report_health,
+    visible_device,
+)
 from fcunet.dashboard import RunPageFeed
-from fcunet.slurm import ClusterError, JobWatch, ProfileSettings, build_cluster, preflight, read_profile
+from fcunet.session import dask_report
+from fcunet.slurm import ClusterError, ProfileSettings, build_cluster, preflight, read_profile
+from fcunet.watch import JobWatch
 
 PROFILES = Path(__file__).parents[1] / "cluster" / "profiles"
 
@@ -143,7 +155,7 @@ def test_read_profile__takes_the_shipped_ones(path):
         ("jobqueue: {pbs: {queue: gpu}}", "unknown key jobqueue.pbs"),
         ("slurm: {queue: gpu}", "unknown key slurm"),
         ("fcunet: {workers: many}", "fcunet.workers .* 'many', needed is a whole number"),
-        ("fcunet: {cluster: pbs}", "choose slurm or local"),
+        ("fcunet: {cluster: pbs}", "choose slurm, srun or local"),
         ("jobqueue: {slurm: {cores: 4}}", "lacks memory"),
         ("fcunet: [1]", "not keys and values"),
         ("fcunet: {", "not valid YAML"),
@@ -216,26 +228,26 @@ class _Cluster:
 
 @pytest.fixture
 def watch(monkeypatch, tmp_path):
-    monkeypatch.setattr(slurm, "_ASK_EVERY_S", 0)
-    monkeypatch.setattr(slurm, "_GRACE_S", -1)
-    monkeypatch.setattr(slurm, "job_facts", lambda job_id: "SLURM says ExitCode=3:0.")
+    monkeypatch.setattr(watch_module, "_ASK_EVERY_S", 0)
+    monkeypatch.setattr(watch_module, "_GRACE_S", -1)
+    monkeypatch.setattr(watch_module, "job_facts", lambda job_id: "SLURM says ExitCode=3:0.")
     return JobWatch(_Cluster(tmp_path), ProfileSettings(start_timeout_s=0))
 
 
 def test_job_watch__says_that_jobs_wait_in_the_queue(watch, monkeypatch):
-    monkeypatch.setattr(slurm, "queue_states", lambda: {"17": ("PENDING", "Priority")})
-    assert watch.look(0) == "1 jobs wait in the queue (Priority)"
+    monkeypatch.setattr(watch_module, "queue_states", lambda: {"17": ("PENDING", "Priority")})
+    assert watch.look(0) == "1 job waits in the queue (Priority)"
 
 
 def test_job_watch__ends_the_run_with_the_log_of_a_job_that_ended_too_soon(watch, monkeypatch, tmp_path):
-    monkeypatch.setattr(slurm, "queue_states", dict)
+    monkeypatch.setattr(watch_module, "queue_states", dict)
     (tmp_path / "dask-worker-17.err").write_text("ImportError: no module named fcunet\n")
     with pytest.raises(ClusterError, match=r"(?s)job 17 ended before.*ExitCode=3:0.*no module named fcunet"):
         watch.look(0)
 
 
 def test_job_watch__ends_the_run_when_a_worker_cannot_connect(watch, monkeypatch):
-    monkeypatch.setattr(slurm, "queue_states", lambda: {"17": ("RUNNING", "None")})
+    monkeypatch.setattr(watch_module, "queue_states", lambda: {"17": ("RUNNING", "None")})
     watch.look(0)
     with pytest.raises(ClusterError, match="has not connected"):
         watch.look(0)
@@ -245,5 +257,103 @@ def test_job_watch__survives_a_controller_that_does_not_answer(watch, monkeypatc
     def silent():
         raise OSError("no answer")
 
-    monkeypatch.setattr(slurm, "queue_states", silent)
+    monkeypatch.setattr(watch_module, "queue_states", silent)
     assert watch.look(1) == "squeue does not answer"
+
+
+def test_job_watch__ends_the_run_for_a_job_that_will_never_start(watch, monkeypatch):
+    monkeypatch.setattr(watch_module, "queue_states", lambda: {"17": ("PENDING", "PartitionTimeLimit")})
+    with pytest.raises(
+        ClusterError, match="will never start: SLURM says PartitionTimeLimit. Change walltime"
+    ):
+        watch.look(0)
+
+
+class _Worker:
+    name = "SLURMCluster-0"
+
+
+def come_and_go(watch, monkeypatch, number, progress):
+    """Job `number` has its worker for a moment, then both are gone."""
+    job = type("Job", (), {"job_id": str(number)})()
+    watch.cluster.workers = {"SLURMCluster-0": job}
+    monkeypatch.setattr(watch.cluster.scheduler, "workers", {"a": _Worker()}, raising=False)
+    monkeypatch.setattr(watch_module, "queue_states", lambda: {str(number): ("RUNNING", "None")})
+    watch.look(1, progress)
+    watch.cluster.workers = {}
+    monkeypatch.setattr(watch_module, "queue_states", dict)
+    watch.look(0, progress)
+
+
+def test_job_watch__ends_the_run_when_jobs_come_and_go_and_nothing_is_done(watch, monkeypatch):
+    for number in range(3):
+        come_and_go(watch, monkeypatch, number, progress=16)
+    with pytest.raises(ClusterError, match="4 jobs in a row ended without having finished a block"):
+        come_and_go(watch, monkeypatch, 9, progress=16)
+
+
+def test_job_watch__bears_with_any_number_of_lost_jobs_while_work_is_done(watch, monkeypatch):
+    for number in range(10):
+        come_and_go(watch, monkeypatch, number, progress=16 * (number + 1))
+
+
+def test_on_interface__gives_the_address_of_the_network():
+    assert on_interface("127.0.0.1:8787", "lo") == "127.0.0.1:8787"
+    assert on_interface("10.0.0.1:8787", "ib9") == "10.0.0.1:8787"  # an address that was given stays
+    with pytest.raises(ValueError, match="'ib9' is not a valid network interface"):
+        on_interface("127.0.0.1:8787", "ib9")
+
+
+def test_step__starts_a_worker_per_gpu_named_after_node_and_number(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    command = step_command(read_profile(PROFILES / "slurm-allocation.yaml"), None, 2, "tls://10.0.0.1:1", [])
+    assert command[:4] == ["srun", "--ntasks=8", "--nodes=2", "--ntasks-per-node=4"]
+    assert '--name "worker-$SLURM_NODEID-$SLURM_LOCALID"' in command[-1]
+    assert "export PYTORCH_ALLOC_CONF" in command[-1]
+    with pytest.raises(ClusterError, match="at most --workers 8"):
+        step_command(read_profile(PROFILES / "slurm-allocation.yaml"), 9, 2, "tls://10.0.0.1:1", [])
+
+
+def test_step__without_gpus_says_how_to_get_some(monkeypatch):
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ClusterError, match="has no GPU.*gpus: 0"):
+        step_command(read_profile(PROFILES / "slurm-allocation.yaml"), None, 1, "tls://10.0.0.1:1", [])
+
+
+def test_job_script__opens_no_page_to_the_network(tmp_path):
+    script = job_script(read_profile(PROFILES / "slurm-gpu.yaml"), tmp_path)
+    assert "--dashboard-address 127.0.0.1:0" in script
+    assert "PRIVATE KEY" not in script
+
+
+def test_build_cluster__removes_the_keys_a_killed_driver_left(tmp_path):
+    left = write(tmp_path / ".dask-jobqueue.worker.key.abc", "key")
+    job_script(read_profile(PROFILES / "slurm-gpu.yaml"), tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "advice"),
+    [
+        ("allocation failure: Invalid partition name specified", "Change queue .*sinfo -s"),
+        ("Invalid account or account/partition combination specified", "Change account .*sacctmgr"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "Change walltime "),
+        ("Invalid qos specification", "Change job-extra-directives .*sacctmgr show qos"),
+        ("Invalid generic resource (gres) specification", "Change job-extra-directives"),
+        ("something nobody has heard of", "^$"),
+    ],
+)
+def test_refusal__names_the_key_to_change(refusal, advice):
+    assert re.search(advice, slurm._advice(refusal).strip())
+
+
+def test_dask_report__opens_without_a_network_and_takes_no_run_with_it(client, tmp_path, caplog):
+    with dask_report(client, tmp_path / "report.html"):
+        assert client.submit(sum, [5, 6]).result() == 11
+    text = (tmp_path / "report.html").read_text()
+    assert "Bokeh" in text
+    assert not re.findall(r'<(?:script|link rel="stylesheet")[^>]*(?:src|href)="http', text)
+    with dask_report(client, tmp_path / "report.html" / "below a file"):
+        pass
+    assert "no below a file" in caplog.text

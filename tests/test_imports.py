@@ -101,7 +101,9 @@ def test_simulation_and_training__are_imported_by_commands_only():
 
 
 def test_cluster__knows_nothing_of_diffraction():
-    assert own_parts(PACKAGE / "cluster.py") == {"slurm"}
+    assert own_parts(PACKAGE / "cluster.py") == {"allocation", "slurm", "watch"}
+    assert own_parts(PACKAGE / "allocation.py") == {"slurm", "watch"}
+    assert own_parts(PACKAGE / "watch.py") == {"slurm"}
     assert own_parts(PACKAGE / "slurm.py") == set()
 
 

@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 import time
+from pathlib import Path
 
 from fcunet.cluster import connect
 from fcunet.training.library import LibraryPlan, build_library
@@ -47,7 +48,8 @@ def main() -> None:
         logging.info("%d of %d parts, about %.0f min left", done, total, left / 60)
 
     try:
-        with connect(cluster, workers, device=device) as client:
+        jobs = Path(f"{output}.jobs")  # the logs of batch jobs
+        with connect(cluster, workers, device=device, log_directory=jobs) as client:
             logging.info("dashboard: %s", client.dashboard_link)
             folder = build_library(client, output, LibraryPlan(**options), device=device, on_part=report)
     except KeyboardInterrupt:

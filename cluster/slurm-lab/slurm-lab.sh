@@ -86,6 +86,7 @@ NodeName=cpu1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT0 + GPU_NODES + 
 PartitionName=gpu   Nodes=gpu[1-$GPU_NODES] Default=YES MaxTime=1-00:00:00 DefaultTime=00:30:00 State=UP
 PartitionName=short Nodes=gpu[1-$GPU_NODES] MaxTime=00:01:00 DefaultTime=00:01:00 State=UP
 PartitionName=cpu   Nodes=cpu1 MaxTime=1-00:00:00 DefaultTime=00:30:00 State=UP
+PartitionName=paid  Nodes=cpu1 MaxTime=1-00:00:00 DefaultTime=00:30:00 AllowAccounts=physics State=UP
 C
 }
 

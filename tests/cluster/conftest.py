@@ -4,12 +4,19 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from flat_scan import draw_datacube
+from lab import LAB, SETTINGS, WALLTIME_JOB, jobs, run_command, start, until, write_profile
 
-LAB = Path(__file__).parents[2] / "cluster" / "slurm-lab" / "slurm-lab.sh"
+from fcunet import runner
+from fcunet.cluster import connect
+from fcunet.config import Config
+from fcunet.store import Layout, write_datacube
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
@@ -37,20 +44,99 @@ def slurm():
     if missing:
         text = f"no SLURM here ({', '.join(missing)} missing); cluster/slurm-lab/slurm-lab.sh install gets it"
         pytest.fail(text) if os.environ.get("CI") else pytest.skip(text)
-    folder = tempfile.mkdtemp(
-        prefix="slurm-", dir="/tmp"
-    )  # short and open: munged and unix sockets want that
+    # short and open: munged and unix sockets want that
+    folder = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
     os.chmod(folder, 0o755)
-    environment = os.environ | {"SLURMLAB_DIR": folder, "SLURMLAB_PORT0": str(free_ports())}
+    environment = os.environ | {
+        "SLURMLAB_DIR": folder,
+        "SLURMLAB_PORT0": str(free_ports()),
+        "SLURMLAB_GPUS_PER_NODE": "4",
+        "SLURMLAB_CPUS_PER_NODE": "16",
+        "SLURMLAB_MEM_MB": "32000",
+    }
     subprocess.run([LAB, "up"], env=environment, check=True, timeout=60)
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = f"{folder}/etc/slurm.conf"
+    changes = {
+        "SLURM_CONF": f"{folder}/etc/slurm.conf",
+        "OMP_NUM_THREADS": "1",
+        # of the jobs: there are the slow blocks
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ |= changes
     try:
         yield Path(folder)
     finally:
         subprocess.run([LAB, "down"], env=environment, check=False, timeout=60)
-        if before is None:
-            os.environ.pop("SLURM_CONF", None)
-        else:
-            os.environ["SLURM_CONF"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """Runs in this process draw no figures, which are not the subject; those of commands do."""
+    monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A scan of 60 blocks."""
+    path = tmp_path_factory.mktemp("scan") / "scan.zarr"
+    return write_datacube(path, draw_datacube((24, 40)), layout=Layout((4, 4), (2, 2)))
+
+
+@pytest.fixture(scope="session")
+def serial(store, tmp_path_factory):
+    """The same scan on this machine, one worker, undisturbed."""
+    out = tmp_path_factory.mktemp("serial") / "run"
+    settings = {"workers": 1, "dashboard_address": "127.0.0.1:0"} | SETTINGS
+    runner.run(Config.load(store=store, out=out, **settings), progress=False)
+    return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def walltime_run(request, tmp_path_factory):
+    """A run whose jobs end after a minute each; it takes two, beside the other tests, and hardly computes."""
+    if not any("test_walltime" in item.nodeid for item in request.session.items):
+        yield None
+        return
+    slurm, store = request.getfixturevalue("slurm"), request.getfixturevalue("store")
+    assert slurm
+    folder = tmp_path_factory.mktemp("walltime")
+    site = write_profile(
+        folder / "site.yaml", queue="short", walltime="00:01:00", **{"job-name": WALLTIME_JOB}
+    )
+    command = run_command(store, folder / "run", site, "--workers", "2")
+    process = start(
+        [sys.executable, str(Path(__file__).with_name("slow_fcunet.py")), *command[1:]],
+        env=os.environ | {"FCUNET_TEST_TILE_S": "3"},
+    )
+    yield process, folder / "run"
+    if process.poll() is None:
+        process.terminate()
+        process.communicate()
+
+
+def pytest_collection_modifyitems(items):
+    """What runs beside the others is waited for last but one; chaos spares nothing, and comes last."""
+    items.sort(key=lambda item: ("test_walltime" in item.nodeid) + 2 * ("test_chaos" in item.nodeid))
+
+
+@pytest.fixture(scope="module")
+def site(slurm, tmp_path_factory):
+    """A client with three GPU jobs that outlive a test; one that breaks any waits for another."""
+    folder = tmp_path_factory.mktemp("site")
+    profile = write_profile(folder / "site.yaml")
+    with connect(str(profile), 3, dashboard_address="127.0.0.1:0", log_directory=folder / "jobs") as client:
+        yield client
+    until(lambda: not jobs(), "the end of the jobs")
+
+
+@pytest.fixture
+def profile(slurm, tmp_path):
+    """Writes a profile for the lab."""
+
+    def write(**settings):
+        return write_profile(tmp_path / "site.yaml", **settings)
+
+    return write
