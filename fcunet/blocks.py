@@ -61,6 +61,10 @@ class BlockCalibration(Protocol):
     @property
     def probe(self) -> Any: ...
     @property
+    def templates(self) -> Any: ...
+    @property
+    def template_index(self) -> Any: ...
+    @property
     def bad_pixels(self) -> Any: ...
     @property
     def min_peak_spacing(self) -> Any: ...
@@ -105,6 +109,7 @@ def build_detector(
     device: torch.device | str = "cpu",
     *,
     weights_sha256: str | None = None,
+    template: np.ndarray | None = None,
 ) -> Detector:
     """A function from a batch of patterns to peaks, with everything it needs on `device`.
 
@@ -117,6 +122,8 @@ def build_detector(
     device : torch.device
     weights_sha256 : str, optional
         Refuse network weights with another checksum.
+    template : ndarray, shape (qy, qx), optional
+        Probe to use instead of ``calibration.probe``.
 
     Returns
     -------
@@ -131,7 +138,8 @@ def build_detector(
     device = torch.device(device)
     spacing = calibration.min_peak_spacing if config.min_peak_spacing is None else config.min_peak_spacing
     edge = calibration.edge_boundary if config.edge_boundary is None else config.edge_boundary
-    probe = torch.as_tensor(np.ascontiguousarray(calibration.probe, dtype=np.float32), device=device)
+    shape_of_disk = calibration.probe if template is None else template
+    probe = torch.as_tensor(np.ascontiguousarray(shape_of_disk, dtype=np.float32), device=device)
     if config.method == "correlation":
         from .kernels.correlation import DiskFinder, make_kernel
 
@@ -185,6 +193,7 @@ def process_block(
     calibration: BlockCalibration,
     *,
     origin: np.ndarray | None = None,
+    template_index: np.ndarray | None = None,
     weights_sha256: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Peaks and virtual images of one block of the scan.
@@ -200,6 +209,8 @@ def process_block(
     origin : ndarray, shape (by, bx, 2), optional
         Beam centre (y, x) in px per position, where it moves over the scan; else ``calibration.centre``
         serves.
+    template_index : ndarray of int, shape (by, bx), optional
+        Which of ``calibration.templates`` serves as probe at each position; else ``calibration.probe`` does.
     weights_sha256 : str, optional
         Refuse network weights with another checksum.
 
@@ -234,11 +245,33 @@ def process_block(
         np.asarray(calibration.centre if origin is None else origin, float), (by, bx, 2)
     )
     centres = centres.reshape(-1, 2)
-    key = _detector_key(config, calibration, device, weights_sha256)
+    choice = np.zeros(len(patterns), np.int64) if template_index is None else np.ravel(template_index)
+    parts = []
     with _DEVICE_PERMIT if device.type == "cuda" else _one_core_each(), torch.inference_mode():
-        detector = _cached_detector(key, config, calibration, device, weights_sha256)
-        out = _in_batches(patterns, centres, detector, config, calibration, device, key)
+        for t in np.unique(choice):
+            template = None if template_index is None else calibration.templates[t]
+            key = _detector_key(config, calibration, device, weights_sha256, template)
+            detector = _cached_detector(key, config, calibration, device, weights_sha256, template)
+            some = choice == t
+            one, at = (patterns, centres) if some.all() else (patterns[some], centres[some])
+            parts.append((some, _in_batches(one, at, detector, config, calibration, device, key)))
+    out = parts[0][1] if len(parts) == 1 else _joined(parts)
     return {k: v if k in ("sum", "maximum") else v.reshape(by, bx, *v.shape[1:]) for k, v in out.items()}
+
+
+def _joined(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Results of groups of patterns, each with a mask of where they belong, as those of all patterns."""
+    out: dict[str, np.ndarray] = {}
+    for name, first in parts[0][1].items():
+        if name == "sum":
+            out[name] = np.sum([values[name] for _, values in parts], axis=0)
+        elif name == "maximum":
+            out[name] = np.fmax.reduce([values[name] for _, values in parts])
+        else:
+            out[name] = np.empty((len(parts[0][0]), *first.shape[1:]), first.dtype)
+            for some, values in parts:
+                out[name][some] = values[name]
+    return out
 
 
 @contextmanager
@@ -451,9 +484,14 @@ def _first_batch(method: str, shape: tuple[int, ...], device: torch.device) -> i
 
 
 def _detector_key(
-    config: DetectionConfig, calibration: BlockCalibration, device: torch.device, sha256: str | None
+    config: DetectionConfig,
+    calibration: BlockCalibration,
+    device: torch.device,
+    sha256: str | None,
+    template: np.ndarray | None,
 ) -> tuple[str, ...]:
-    digest = hashlib.sha256(np.asarray(calibration.probe, dtype=np.float32).tobytes())
+    shape_of_disk = calibration.probe if template is None else template
+    digest = hashlib.sha256(np.asarray(shape_of_disk, dtype=np.float32).tobytes())
     numbers = (
         calibration.min_peak_spacing,
         calibration.edge_boundary,
@@ -470,13 +508,17 @@ def _cached_detector(
     calibration: BlockCalibration,
     device: torch.device,
     sha256: str | None,
+    template: np.ndarray | None,
 ) -> Detector:
     """The detector for `key`, built once per process."""
     with _BUILD_LOCK:
         if key not in _DETECTORS:
-            while len(_DETECTORS) >= 4:  # a notebook that tries parameters must not fill the device
+            # a notebook that tries parameters must not fill the device; one scan may have 16 templates
+            while len(_DETECTORS) >= 20:
                 _DETECTORS.popitem(last=False)
-            _DETECTORS[key] = build_detector(config, calibration, device, weights_sha256=sha256)
+            _DETECTORS[key] = build_detector(
+                config, calibration, device, weights_sha256=sha256, template=template
+            )
         return _DETECTORS[key]
 
 

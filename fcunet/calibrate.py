@@ -17,6 +17,7 @@ from . import schema
 from .calibration import Calibration
 from .kernels.beam import aligned_mean, fill, find_bad_pixels
 from .kernels.descan import find_centres, fit_surface, surface_at
+from .kernels.ellipse import Ellipse
 from .kernels.probe import (
     DiskFit,
     disk_profiles,
@@ -122,7 +123,7 @@ def direct_beam_centres(
     return _track(sample, patterns, plane, radius, radius + 2)
 
 
-class _Radius(NamedTuple):
+class RadiusFit(NamedTuple):
     radius: float
     edge: float
     std: float  # NaN: not known
@@ -130,9 +131,9 @@ class _Radius(NamedTuple):
     nearest: float  # distance of neighbouring disks, NaN: one disk
 
 
-def _refine_radius(
+def refine_radius(
     images: NDArray, radius: float, clipped: NDArray[np.bool_], max_disks: int = 40
-) -> _Radius:
+) -> RadiusFit:
     """Radius and edge from the strongest disks of some patterns, but not from a clipped beam.
 
     Small disks hold too few pixels to tell a dark rim from the outside: their profiles are averaged
@@ -173,9 +174,9 @@ def _refine_radius(
         ]
         value, edge = fit_profile(*_mean_profile(profile, count), radius)
         std = float(np.std(radii, ddof=1) / math.sqrt(len(radii))) if len(radii) > 2 else math.nan
-        return _Radius(value, edge, std, n, nearest)
+        return RadiusFit(value, edge, std, n, nearest)
     if not fits:
-        return _Radius(radius, max(0.5, 0.1 * radius), math.nan, 0, nearest)
+        return RadiusFit(radius, max(0.5, 0.1 * radius), math.nan, 0, nearest)
     size = np.array([f.radius_px for f in fits])
     blur = np.array([f.edge_sigma_px for f in fits])
     weight = np.minimum(np.array([f.snr for f in fits]), 50.0) ** 2
@@ -183,7 +184,7 @@ def _refine_radius(
     near = np.abs(size - value) <= 0.2 * value
     spread = 1.4826 * float(np.median(np.abs(size[near] - value)))
     std = 1.3 * spread / math.sqrt(near.sum()) if near.sum() > 2 else math.nan
-    return _Radius(value, weighted_quantile(blur[near], weight[near], 0.5), std, len(fits), nearest)
+    return RadiusFit(value, weighted_quantile(blur[near], weight[near], 0.5), std, len(fits), nearest)
 
 
 def _mean_profile(profile: NDArray, count: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -191,7 +192,7 @@ def _mean_profile(profile: NDArray, count: NDArray) -> tuple[NDArray[np.float64]
     return (profile * count).sum(0) / np.maximum(total, 1), total
 
 
-def _vacuum_probe(
+def vacuum_probe(
     sample: Sample, patterns: NDArray, centres: NDArray, radius: float, edge: float
 ) -> tuple[NDArray[np.float32] | None, int]:
     """Mean of the patterns without diffraction, beam moved to the middle; None if too few or too weak.
@@ -360,7 +361,7 @@ def calibrate(
             "another disk is nearly as strong as the direct beam: the centre may be that of a Bragg disk "
             "(if so: --centre Y,X)"
         )
-    fit = _refine_radius(images, coarse, clipped)
+    fit = refine_radius(images, coarse, clipped)
     radius, edge, radius_std = fit.radius, fit.edge, fit.std
     if not fit.n_disks and not known:
         notes.append(f"no single disk could be fitted: the radius {coarse:.1f} px is good to about 15 % only")
@@ -396,12 +397,16 @@ def calibrate(
         notes.append(f"the direct beam was found in only {found.sum()} of {len(found)} sampled patterns")
 
     if template is None and not saturated_fraction:
-        template, n_vacuum = _vacuum_probe(sample, patterns, centres, radius, edge)
+        template, n_vacuum = vacuum_probe(sample, patterns, centres, radius, edge)
         source = "vacuum"
         if template is not None and n_vacuum == len(patterns):
             notes.append("no sampled pattern shows diffraction: is this a scan of the vacuum?")
     if template is None:
-        template, source = synthetic_probe(detector, radius, edge), "synthetic"
+        distortion = _distortion(datacube.attrs)
+        template, source = synthetic_probe(detector, radius, edge, distortion=distortion), "synthetic"
+    templates = None
+    if probe is None and use_stored_probe and {"templates", "template_index"} <= set(datacube):
+        templates = np.stack([check_probe(one, detector) for one in datacube["templates"].values])
 
     aperture = _aperture_radius(datacube.attrs)
     expected = aperture / radius
@@ -448,7 +453,15 @@ def calibrate(
         aperture_radius=aperture,
         warnings=tuple(notes),
         origin_stored=stored_origin,
+        templates=templates,
+        template_index=None if templates is None else datacube["template_index"].values,
     )
+
+
+def _distortion(attrs: Mapping[str, Any]) -> NDArray[np.float64] | None:
+    """The elliptical distortion kept with the scan, None without one."""
+    ratio = _positive(attrs, "ellipse_ratio")
+    return None if math.isnan(ratio) else Ellipse(ratio, float(attrs.get("ellipse_angle_degree", 0.0))).matrix
 
 
 def _stored_origin(datacube: xr.Dataset) -> NDArray[np.float64] | None:

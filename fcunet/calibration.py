@@ -50,6 +50,10 @@ class Calibration:
         Scatter of the measured centres about the plane (robust); NaN with fewer than three.
     origin_stored : ndarray, shape (scan_y, scan_x, 2), or None
         The centres stored with the scan, which win over the plane.
+    templates : ndarray, shape (k, qy, qx), float32, or None
+        Probe templates of regions of the scan, which win over `probe`.
+    template_index : ndarray of int, shape (scan_y, scan_x), or None
+        Which of them to use where.
     beam_energy_keV, aperture_radius : float
         Beam energy, and radius of the aperture (convergence semiangle over wavelength) in 1/angstrom; NaN
         where the store does not say. They set the scale of |V_g|.
@@ -69,6 +73,8 @@ class Calibration:
     nearest_spacing_px: float = math.nan
     origin_std_px: float = math.nan
     origin_stored: NDArray[np.float64] | None = None
+    templates: NDArray[np.float32] | None = None
+    template_index: NDArray[np.integer] | None = None
     n_patterns: int = 0
     n_disks: int = 0
     n_hot: int = 0
@@ -98,7 +104,7 @@ class Calibration:
         return float(np.hypot(*move))
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the probe and a stored origin, for JSON; bad pixels as flat indices."""
+        """All but probe, templates and a stored origin, for JSON; bad pixels as flat indices."""
         return {
             "centre": [float(v) for v in self.centre],
             "probe_radius_px": self.probe_radius_px,
@@ -132,6 +138,8 @@ class Calibration:
         values: Mapping[str, Any],
         probe: NDArray | None = None,
         origin: NDArray | None = None,
+        templates: NDArray | None = None,
+        template_index: NDArray | None = None,
     ) -> "Calibration":
         """The inverse of :meth:`to_dict`; without `probe` the synthetic one is drawn again."""
         v = dict(values)
@@ -148,7 +156,14 @@ class Calibration:
         v["scan_shape"] = tuple(v["scan_shape"])
         v["warnings"] = tuple(v["warnings"])
         v["origin_plane"] = np.asarray(v["origin_plane"], dtype=float)
-        return cls(probe=np.asarray(template, dtype=np.float32), bad_pixels=bad, origin_stored=origin, **v)
+        return cls(
+            probe=np.asarray(template, dtype=np.float32),
+            bad_pixels=bad,
+            origin_stored=origin,
+            templates=templates,
+            template_index=template_index,
+            **v,
+        )
 
     def describe(self) -> list[str]:
         """The measured numbers in lines of text, to print."""
@@ -168,6 +183,8 @@ class Calibration:
         lines.append(
             f"descan {self.descan_px:.2f} px over the scan{scatter}, from {self.n_patterns} patterns"
         )
+        if self.templates is not None:
+            lines.append(f"{len(self.templates)} probe templates for regions of the scan")
         lines.append(f"{self.n_hot} hot, {self.n_dead} dead, {self.n_masked} masked pixels")
         return lines
 

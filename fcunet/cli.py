@@ -259,6 +259,69 @@ def info(
 
 
 @app.command()
+@with_settings("calibration")
+def calibrate(
+    store: StoreArgument,
+    settings: dict[str, Any],
+    origin: Annotated[
+        str, typer.Option(help="beam centre by: disk, brightest, mass, friedel (beam stop), none")
+    ] = "disk",
+    origin_model: Annotated[
+        str, typer.Option(help="through the centres: plane, parabola, constant, none (each by itself)")
+    ] = "plane",
+    every_position: Annotated[
+        bool, typer.Option("--every-position", help="measure the centre in every pattern, not in a sample")
+    ] = False,
+    ellipse: Annotated[
+        str, typer.Option(help="distortion by: ring, crystal, none, or RATIO,ANGLE of the long axis")
+    ] = "none",
+    ring_px: Annotated[float | None, typer.Option(help="radius of the ring to take, px")] = None,
+    crystal: Annotated[
+        str | None, typer.Option(help="for the pixel size: Au, Si, 'F 4.0782', 'P a,c', or a .cif file")
+    ] = None,
+    q_pixel: Annotated[float | None, typer.Option(help="pixel size to start from, 1/angstrom")] = None,
+    rotation: Annotated[str, typer.Option(help="measure, none, or degrees")] = "measure",
+    transposed: Annotated[
+        bool | None, typer.Option("--transposed/--not-transposed", help="detector rows and columns exchanged")
+    ] = None,
+    regions: Annotated[
+        str | None, typer.Option(help="rows,columns of scan regions with a probe template each")
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="apply the calibration of this scan instead")
+    ] = None,
+    n_patterns: Annotated[int, typer.Option(help="patterns in the sample")] = 256,
+    figure: Annotated[Path | None, typer.Option(help="figure to write [NAME_calibration.png]")] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="take the calibration back, as before the first one")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what is found, and keep nothing")] = False,
+    config: SettingsOption = None,
+) -> None:
+    """Measure descan, ellipse, pixel size and rotation of a scan, and keep them with it.
+
+    The patterns are never touched; a run applies what was measured as it goes.
+    """
+    from .calibration_command import calibrate_store
+
+    loaded = Config.load(config, store=store, **settings)
+    options = {
+        "origin": origin, "origin_model": origin_model, "every_position": every_position, "ellipse": ellipse,
+        "ring_px": ring_px, "q_pixel": q_pixel, "rotation": rotation, "transposed": transposed,
+        "regions": None if regions is None else _pair(regions, "regions"), "n_patterns": n_patterns,
+        "settings": loaded.calibration.model_dump(),
+    }  # fmt: skip
+    if crystal is not None:
+        from .simulation.rings import find_crystal, powder_rings
+
+        options["rings"] = powder_rings(find_crystal(crystal), 2.5)[0]
+    for line in calibrate_store(
+        store, other=from_, undo=reset, figure=figure, dry_run=dry_run, options=options
+    ):
+        typer.echo(line)
+
+
+@app.command()
 @with_settings("calibration", "detection", "lattice")
 def preview(
     store: StoreArgument,

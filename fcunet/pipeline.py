@@ -89,6 +89,9 @@ def find_peaks(
     block["probe"] = (schema.PATTERN_DIMS, calibration.probe)
     block["bad_pixels"] = (schema.PATTERN_DIMS, np.asarray(calibration.bad_pixels))
     block["origin"] = ((*schema.SCAN_DIMS, "axis"), origin)
+    if calibration.templates is not None:
+        block["templates"] = (("template", *schema.PATTERN_DIMS), calibration.templates)
+        block["template_index"] = (schema.SCAN_DIMS, np.asarray(calibration.template_index))
     numbers = {
         name: getattr(calibration, name)
         for name in (
@@ -105,6 +108,8 @@ def find_peaks(
         peaks = _peaks_of_block(block, config=chosen, numbers=numbers)
     else:
         whole: dict[str, Any] = dict.fromkeys((*schema.PATTERN_DIMS, "axis"), -1)
+        if "templates" in block:
+            whole["template"] = -1
         block = block.chunk(whole | dict(zip(schema.SCAN_DIMS, intensity.chunks[:2], strict=True)))
         peaks = xr.map_blocks(
             _peaks_of_block,
@@ -243,9 +248,18 @@ def _peaks_template(intensity: xr.DataArray, max_num_peaks: int) -> xr.Dataset:
 def _peaks_of_block(block: xr.Dataset, *, config: DetectionConfig, numbers: dict[str, Any]) -> xr.Dataset:
     """The labelled form of :func:`fcunet.blocks.process_block`."""
     calibration = SimpleNamespace(
-        probe=block["probe"].values, bad_pixels=block["bad_pixels"].values, **numbers
+        probe=block["probe"].values,
+        bad_pixels=block["bad_pixels"].values,
+        templates=block["templates"].values if "templates" in block else None,
+        **numbers,
     )
-    values = process_block(block["intensity"].values, config, calibration, origin=block["origin"].values)
+    values = process_block(
+        block["intensity"].values,
+        config,
+        calibration,
+        origin=block["origin"].values,
+        template_index=block["template_index"].values if "template_index" in block else None,
+    )
     return xr.Dataset(
         {name: (v.dims, values[name], v.attrs) for name, v in schema.PEAKS.items() if name != "status"},
         coords={dim: block[dim] for dim in schema.SCAN_DIMS if dim in block.coords},

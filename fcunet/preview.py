@@ -160,9 +160,13 @@ def _patterns(
 def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Config) -> _Found:
     """Peaks as a run would find them, and the lattice as it would fit it."""
     origin = measured.origin[at[:, 0], at[:, 1]][None]
-    process_block(patterns[None, :1], config.detection, measured, origin=origin[:, :1])  # loads the weights
+    index = None if measured.template_index is None else measured.template_index[at[:, 0], at[:, 1]][None]
+    first = None if index is None else index[:, :1]
+    process_block(  # loads the weights
+        patterns[None, :1], config.detection, measured, origin=origin[:, :1], template_index=first
+    )
     start = time.perf_counter()
-    values = process_block(patterns[None], config.detection, measured, origin=origin)
+    values = process_block(patterns[None], config.detection, measured, origin=origin, template_index=index)
     seconds = time.perf_counter() - start
     dims = {"peak_qy": schema.PEAK_DIMS, "peak_qx": schema.PEAK_DIMS}
     dims |= {"peak_intensity": schema.PEAK_DIMS, "peak_sigma": schema.PEAK_DIMS}
@@ -282,6 +286,8 @@ def _lines(
     ny, nx, qy, qx = intensity.shape
     lines = [f"  data      {ny} x {nx} scan, {qy} x {qx} detector, {intensity.dtype}"]
     lines += [f"  measured  {line}" for line in measured.describe()]
+    if geometry := _geometry(datacube):
+        lines.append(f"  stored    {geometry}")
     if facts["basis_px"] is None:
         lines.append(f"  lattice   none: {found.why_not}")
     else:
@@ -312,6 +318,22 @@ def _lines(
     if facts["suggestion"]:
         lines.append(f"  note      many peaks are no disks; try: {facts['suggestion']}")
     return lines
+
+
+def _geometry(datacube: xr.Dataset) -> str:
+    """What `fcunet calibrate`, or the microscope, said of the detector."""
+    attrs, parts = datacube.attrs, []
+    if datacube["qy"].attrs.get("units") == schema.UNIT_Q and datacube["qy"].size > 1:
+        parts.append(f"pixel {abs(float(datacube['qy'][1] - datacube['qy'][0])):.5f} {schema.UNIT_Q}")
+    if "ellipse_ratio" in attrs:
+        ratio, angle = (float(attrs[k]) for k in ("ellipse_ratio", "ellipse_angle_degree"))
+        parts.append(f"ellipse {ratio:.4f} at {angle:.0f} degrees")
+    if "scan_rotation_degree" in attrs:
+        swap = ", detector rows and columns exchanged" if attrs.get("scan_transposed") else ""
+        parts.append(f"scan turned by {float(attrs['scan_rotation_degree']):.2f} degrees{swap}")
+    if "origin_qy" in datacube:
+        parts.append("beam centre of every position")
+    return " | ".join(parts)
 
 
 def _duration(seconds: float) -> str:

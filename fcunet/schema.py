@@ -55,6 +55,8 @@ DATACUBE = _table(
     Variable("detector_mask", PATTERN_DIMS, "b", None, "detector pixels to use"),
     Variable("origin_qy", SCAN_DIMS, "f", UNIT_PIXEL, "row of the beam centre"),
     Variable("origin_qx", SCAN_DIMS, "f", UNIT_PIXEL, "column of the beam centre"),
+    Variable("templates", ("template", *PATTERN_DIMS), "f", None, "vacuum probes of regions of the scan"),
+    Variable("template_index", SCAN_DIMS, "iu", None, "which of the templates to use"),
 )
 
 # root attributes of a datacube, each left out where it is not known

@@ -125,6 +125,9 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         job.detection,
         calibration,
         origin=_origin(calibration, *grid.slices(iy, ix)),
+        template_index=None
+        if calibration.template_index is None
+        else calibration.template_index[grid.slices(iy, ix)],
         weights_sha256=job.weights_sha256,
     )
     computed = time.perf_counter()
@@ -220,6 +223,9 @@ def save_calibration(peaks: str | Path, calibration: Calibration) -> None:
         put_array(group, "bad_pixels", calibration.bad_pixels, schema.PATTERN_DIMS, {})
         if calibration.origin_stored is not None:
             put_array(group, "origin", calibration.origin_stored, (*schema.SCAN_DIMS, "axis"), {})
+        if calibration.templates is not None and calibration.template_index is not None:
+            put_array(group, "templates", calibration.templates, ("template", *schema.PATTERN_DIMS), {})
+            put_array(group, "template_index", calibration.template_index, schema.SCAN_DIMS, {})
 
 
 def load_calibration(peaks: str | Path) -> Calibration:
@@ -228,8 +234,16 @@ def load_calibration(peaks: str | Path) -> Calibration:
     values: dict[str, Any] = dict(zarr.open_group(folder, mode="r", use_consolidated=False).attrs)
     bad = np.flatnonzero(open_array(folder, "bad_pixels")[:])
     origin = np.asarray(open_array(folder, "origin")[:]) if has_array(folder, "origin") else None
+    templates, index = (
+        np.asarray(open_array(folder, name)[:]) if has_array(folder, name) else None
+        for name in ("templates", "template_index")
+    )
     return Calibration.from_dict(
-        values | {"bad_pixels": bad}, probe=np.asarray(open_array(folder, "probe")[:]), origin=origin
+        values | {"bad_pixels": bad},
+        probe=np.asarray(open_array(folder, "probe")[:]),
+        origin=origin,
+        templates=templates,
+        template_index=index,
     )
 
 

@@ -53,6 +53,7 @@ def synthetic_probe(
     radius_px: float,
     edge_sigma_px: float,
     centre: tuple[float, float] | None = None,
+    distortion: NDArray | None = None,
 ) -> NDArray[np.float32]:
     """A round disk with a Gaussian-blurred edge, the probe to use where none was recorded.
 
@@ -64,6 +65,8 @@ def synthetic_probe(
         Radius where the intensity is half, and standard deviation of the blur, px.
     centre : tuple of float, optional
         (y, x) of the disk; default ``(rows // 2, columns // 2)``.
+    distortion : ndarray, shape (2, 2), optional
+        What the detector makes of a round disk, axes (y, x): ``measured = distortion @ true``.
 
     Returns
     -------
@@ -82,7 +85,9 @@ def synthetic_probe(
             f"a probe needs a positive radius and edge, got radius {radius_px}, edge {edge_sigma_px} px"
         )
     cy, cx = (shape[0] // 2, shape[1] // 2) if centre is None else centre
-    r = np.hypot(np.arange(shape[0])[:, None] - cy, np.arange(shape[1])[None] - cx)
+    y, x = np.arange(shape[0])[:, None] - cy, np.arange(shape[1])[None] - cx
+    (a, b), (c, d) = np.eye(2) if distortion is None else np.linalg.inv(distortion)
+    r = np.hypot(a * y + b * x, c * y + d * x)
     probe = erfc((r - radius_px) / (edge_sigma_px * math.sqrt(2))) / 2
     total = probe.sum()
     if total <= 0:

@@ -24,6 +24,7 @@ class ScanRotation(NamedTuple):
     std_degree: float
     curl: float  # curl left over divergence, 0 to 1, of the better case
     curl_other: float  # the same for the other case of transposition
+    other_degree: float  # its best angle
     p_transposed: float  # share of resampled scans in which the matrix is transposed
     angle_known: bool
     transposition_known: bool
@@ -65,7 +66,7 @@ def find_scan_rotation(
     whole = [t.sum(0) for t in tables]
     n = len(tables[0])
     if not n or not all(w[0] + w[2] > 0 for w in whole):
-        return ScanRotation(math.nan, False, math.nan, math.nan, math.nan, math.nan, False, False)
+        return ScanRotation(math.nan, False, *(math.nan,) * 5, False, False)
     curl = [_least_curl(w)[1] for w in whole]
     swap = bool(curl[1] < curl[0])
     angle = _least_curl(whole[swap])[0]
@@ -88,6 +89,7 @@ def find_scan_rotation(
         std,
         float(curl[swap]),
         float(curl[not swap]),
+        math.degrees(_least_curl(whole[not swap])[0]),
         share,
         bool(n >= 4 and std < 5 and curl[swap] < 0.8),
         bool(n >= 4 and agreed >= 0.95),

@@ -7,6 +7,7 @@ Colours are safe for colour-blind readers; what is missing is grey. All take ``t
 """
 
 from .compare import methods, numbers, truth
+from .evidence import calibration_evidence
 from .lines import along_line, grains, orientations, profile
 from .maps import error_bars, strain, virtual
 from .patterns import bragg_vector_map, calibration, detection
@@ -16,6 +17,7 @@ __all__ = [
     "along_line",
     "bragg_vector_map",
     "calibration",
+    "calibration_evidence",
     "detection",
     "error_bars",
     "grains",
