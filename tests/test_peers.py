@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 
 from benchmarks.disks import disk, simulate_disks
-from benchmarks.peers import py4dstem_agreement, py4dstem_opens_export
-from benchmarks.peers.environment import run_worker
+from benchmarks.peers import conventions, py4dstem_agreement, py4dstem_bragg_vectors, py4dstem_opens_export
+from benchmarks.peers.environment import peer_python, run_worker
 from fcunet.kernels.correlation import make_kernel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def needs(*peers):
+    """Skip without these environments: only that of py4DSTEM is made by a test."""
+    missing = [name for name in peers if peer_python(name, install=False) is None]
+    command = f"python -m benchmarks.peers.environment {' '.join(missing)}"
+    return pytest.mark.skipif(bool(missing), reason=f"make it with: {command}")
 
 
 def test_py4dstem__finds_the_same_peaks_and_strain():
@@ -38,6 +45,27 @@ def test_py4dstem__makes_the_same_kernels():
 
 
 def test_py4dstem__opens_an_exported_run():
-    verdicts = py4dstem_opens_export.check()
-    assert len(verdicts) == 10
+    zspy = peer_python("pyxem", install=False) is not None
+    verdicts = py4dstem_opens_export.check(zspy=zspy)
+    assert len(verdicts) == (19 if zspy else 15)
     assert [name for name, good, _ in verdicts if not good] == []
+
+
+def test_py4dstem__strain_of_its_bragg_vector_file_is_the_same_here():
+    difference, _ = py4dstem_bragg_vectors.compare(
+        py4dstem_bragg_vectors.CASES["origin, ellipse, rotation, flip"]
+    )
+    assert max(difference.values()) < py4dstem_bragg_vectors.TOLERANCE
+
+
+@needs("quantem", "pyxem")
+def test_peers__give_the_strain_of_the_convention_named_after_them():
+    theirs, ours = conventions.from_lattices()
+    assert set(theirs) == {"py4dstem", "quantem", "pyxem"}
+    for name in theirs:
+        assert conventions.largest_difference(theirs[name], ours[name]) < conventions.TOLERANCE
+
+
+@needs("quantem")
+def test_quantem__fits_the_same_lattice_to_noisy_peaks():
+    assert conventions.quantem_from_peaks() < conventions.TOLERANCE

@@ -33,12 +33,13 @@ def as_arrays(vectors):
     return {"qy": out[0], "qx": out[1], "intensity": out[2]}
 
 
-def map_strain(vectors, max_peak_spacing, reference=None):
+def map_strain(vectors, max_peak_spacing, reference=None, *, setcal=True):
     """Basis, lattice and strain with StrainMap; the origin must be calibrated.
 
     `reference` holds two vectors (row, column) that span the reference lattice in any basis; default: median.
     """
-    vectors.setcal(center=True, rotate=False, ellipse=False, pixel=False)
+    if setcal:
+        vectors.setcal(center=True, rotate=False, ellipse=False, pixel=False)
     strain = py4DSTEM.StrainMap(vectors)
     strain.choose_basis_vectors(maxNumPeaks=500, minSpacing=max_peak_spacing, sigma=1)
     strain.fit_basis_vectors(max_peak_spacing=max_peak_spacing)
@@ -69,6 +70,47 @@ def agreement(given):
     return out
 
 
+def lattice_strain(given):
+    """Strain of given lattices (scan_y, scan_x, 2, 2): rows g1, g2, columns (row, column)."""
+    from py4DSTEM.process.strain.latticevectors import get_strain_from_reference_g1g2
+
+    lattice = np.asarray(given["lattice"])
+    slices = [*np.moveaxis(lattice.reshape(*lattice.shape[:2], 4), -1, 0), np.ones(lattice.shape[:2])]
+    vectors = py4DSTEM.RealSlice(np.stack(slices), slicelabels=("g1x", "g1y", "g2x", "g2y", "mask"))
+    strain = get_strain_from_reference_g1g2(vectors, *(tuple(g) for g in given["reference"]))
+    names = {"rows": "e_xx", "columns": "e_yy", "shear": "e_xy", "theta": "theta"}
+    return {name: strain.get_slice(label).data for name, label in names.items()}
+
+
+def saved_strain(given):
+    """Save given peaks with origin, rotation, flip and ellipse; what StrainMap finds with them."""
+    shape = given["qy"].shape[:2]
+    vectors = py4DSTEM.BraggVectors(shape, tuple(int(n) for n in given["detector_shape"]))
+    for at in np.ndindex(shape):
+        kept = np.isfinite(given["qy"][at])
+        record = np.zeros(kept.sum(), vectors._v_uncal.dtype)
+        for theirs, ours in (("qx", "qy"), ("qy", "qx"), ("intensity", "intensity")):
+            record[theirs] = given[ours][at][kept]
+        vectors._v_uncal[at].add(record)
+    calibration = vectors.calibration
+    calibration.set_origin(tuple(np.array(given[name]) for name in ("origin_qy", "origin_qx")))
+    calibration.set_Q_pixel_size(0.02)
+    calibration.set_Q_pixel_units("A^-1")
+    calibration.set_R_pixel_size(2.0)
+    calibration.set_R_pixel_units("nm")
+    if "rotation" in given:
+        calibration.set_QR_rotation(float(given["rotation"]))
+        calibration.set_QR_flip(bool(given["flip"]))
+        calibration.set_ellipse(tuple(float(v) for v in given["ellipse"]))
+    py4DSTEM.save(str(given["path"]), vectors, mode="o")
+    again = py4DSTEM.read(str(given["path"]))
+    again.setcal()
+    spacing = float(given["max_peak_spacing"])
+    medians = map_strain(again, spacing, setcal=False)
+    found = map_strain(again, spacing, given["reference"], setcal=False)
+    return found | {f"median_{name}": value for name, value in medians.items()}
+
+
 def opens(given):
     """Contents of an exported file, and the strain fitted to its peaks."""
     file = str(given["path"])
@@ -80,6 +122,27 @@ def opens(given):
     for name, label in {"rows": "e_xx", "columns": "e_yy", "shear": "e_xy", "theta": "theta"}.items():
         out[f"stored_{name}"] = np.asarray(stored.get_slice(label).data)
     return out | map_strain(vectors, float(given["max_peak_spacing"]), given["reference"])
+
+
+def opens_cube(given):
+    """Contents of an exported datacube."""
+    file = str(given["path"])
+    cube = py4DSTEM.read(file, datapath="fcunet_root/datacube")
+    probe = py4DSTEM.read(file, datapath="fcunet_root/probe")
+    calibration = cube.calibration
+    origin = calibration.get_origin()
+    return {
+        "classes": np.array([type(cube).__name__, type(probe).__name__]),
+        "data": cube.data,
+        "probe": probe.probe,
+        "qx0": origin[0],
+        "qy0": origin[1],
+        "ellipse": np.array(calibration.get_ellipse()),
+        "rotation": np.array(calibration.get_QR_rotation()),
+        "flip": np.array(calibration.get_QR_flip()),
+        "pixels": np.array([calibration.get_Q_pixel_size(), calibration.get_R_pixel_size()]),
+        "units": np.array([calibration.get_Q_pixel_units(), calibration.get_R_pixel_units()]),
+    }
 
 
 def make_kernel(kind, probe, origin, *, sigma=None, radii=None):
@@ -125,7 +188,10 @@ def speed(given):
     }
 
 
-TASKS = {"agreement": agreement, "detect": detect, "kernels": kernels, "opens": opens, "speed": speed}
+TASKS = {
+    f.__name__: f
+    for f in (agreement, detect, kernels, lattice_strain, opens, opens_cube, saved_strain, speed)
+}
 
 if __name__ == "__main__":
     main(TASKS)

@@ -62,5 +62,23 @@ def lattice_strain(given):
     return dict(zip(("rows", "columns", "shear", "theta"), found, strict=True))
 
 
+def opens(given):
+    """Contents of an exported zspy: the datacube of one, the strain of another."""
+    import hyperspy.api as hs
+
+    cube = hs.load(str(given["cube"]), lazy=True)
+    maps = {signal.metadata.General.title: signal for signal in hs.load(str(given["maps"]))}
+    axes = cube.axes_manager
+    return {
+        "kind": np.array(type(cube).__name__),
+        "data": cube.data.compute(),
+        "scales": np.array([axis.scale for axis in axes._axes]),
+        "units": np.array([str(axis.units) for axis in axes._axes]),
+        "navigation": np.array(axes.navigation_dimension),
+        "e_xx": maps["e_xx"].data,
+        "step": np.array(maps["e_xx"].axes_manager[0].scale),
+    }
+
+
 if __name__ == "__main__":
-    main({"detect": detect, "lattice_strain": lattice_strain})
+    main({"detect": detect, "lattice_strain": lattice_strain, "opens": opens})
