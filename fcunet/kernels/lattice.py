@@ -13,16 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from .lattice_fit import (
-    DEFAULT_SPACING,
-    WEIGHTINGS,
-    LatticeFit,
-    Weighting,
-    check_basis,
-    fit_lattice,
-    index_peaks,
-    reduce_basis,
-)
+from .lattice_fit import WEIGHTINGS, LatticeFit, Weighting, fit_lattice
+from .lattice_index import DEFAULT_SPACING, check_basis, index_peaks, reduce_basis
 
 __all__ = [
     "DEFAULT_SPACING",
@@ -67,6 +59,7 @@ def find_basis(
     *,
     origin: ArrayLike | None = None,
     g: ArrayLike | None = None,
+    min_share: float = _MIN_SHARE,
 ) -> Basis:
     """Lattice vectors and origin that describe most Bragg peaks of a scan.
 
@@ -80,6 +73,8 @@ def find_basis(
         Position of the direct beam in px, if known.
     g : array_like, shape (2, 2), optional
         Lattice vectors in px, if known; they are returned unchanged.
+    min_share : float
+        The least share of all peaks that has to lie on the lattice.
 
     Returns
     -------
@@ -112,12 +107,14 @@ def find_basis(
     fit = fit_lattice(y, x, g=g, origin=centre, intensity=strength, weighting="uniform", min_num_peaks=3)
     valid = np.isfinite(fit.fit_error)
     indexed, present = int(fit.n_indexed.sum()), int(np.isfinite(y).sum())
-    if indexed < _MIN_SHARE * present:
+    if indexed < min_share * present:
         raise NoLatticeError(
             f"no lattice describes these peaks: the best, {np.round(g, 1).tolist()} px, holds {indexed} "
             f"of {present}; raise the detection threshold, choose a region with one crystal, or give the "
             "vectors: basis=((g1_y, g1_x), (g2_y, g2_x))"
         )
+    if not valid.any():
+        raise NoLatticeError("no pattern has a lattice of its own; give basis=((g1_y, g1_x), (g2_y, g2_x))")
     if origin is None:
         centre = np.median(fit.origin[valid], axis=0)
     return Basis(centre, orient_basis(np.median(fit.g[valid], axis=0)) if given is None else given)

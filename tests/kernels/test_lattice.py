@@ -307,8 +307,8 @@ def test_fit_lattice__does_not_depend_on_internal_chunks(monkeypatch):
 def test_fit_lattice__keeps_leading_dimensions():
     q, *_ = scan(12)
     found = fit(q.reshape(3, 4, -1, 2))
-    assert [a.shape for a in found] == [(3, 4, 2), (3, 4, 2, 2), (3, 4, 6, 6), (3, 4), (3, 4)]
-    assert [a.shape for a in fit(q[:0])] == [(0, 2), (0, 2, 2), (0, 6, 6), (0,), (0,)]
+    assert [a.shape for a in found] == [(3, 4, 2), (3, 4, 2, 2), (3, 4, 6, 6), (3, 4), (3, 4), (3, 4)]
+    assert [a.shape for a in fit(q[:0])] == [(0, 2), (0, 2, 2), (0, 6, 6), (0,), (0,), (0,)]
 
 
 def test_fit_lattice__finds_an_origin_off_by_a_third_of_a_vector_and_one_per_position():
