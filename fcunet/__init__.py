@@ -19,6 +19,7 @@ _PUBLIC = {
     "cluster": "cluster:connect",
     "compute_strain": "pipeline",
     "convert": "convert",
+    "explore": "explore.app",
     "find_peaks": "pipeline",
     "fit_lattice": "pipeline",
     "load_model": "nn.weights",

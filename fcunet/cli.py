@@ -420,6 +420,28 @@ def report(run_directory: RunArgument) -> None:
 
 
 @app.command()
+def explore(
+    run_directory: RunArgument,
+    scan: Annotated[Path | None, typer.Option(help="datacube, if it was moved since the run")] = None,
+    port: Annotated[int, typer.Option(help="port of the page; 0 is any free one")] = 0,
+    address: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a proxy the page comes through; may be repeated")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open a browser")] = True,
+) -> None:
+    """Explore a result in the browser: click a map, see pattern, disks, lattice and numbers."""
+    try:
+        from .explore.serve import serve
+    except ModuleNotFoundError as err:
+        raise ValueError(
+            f"the explorer needs {err.name}, which is not installed; type: pip install 'fcunet[notebooks]'"
+        ) from err
+
+    serve(run_directory, scan=scan, port=port, address=address, browser=browser, allow_origin=allow_origin)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="run directory, or a datacube")],
     out: Annotated[Path, typer.Argument(help="file to write")],

@@ -43,7 +43,7 @@ from .lock import RunLock
 from .memory import peak_rss
 from .nn.weights import resolve_weights
 from .progress import Progress, duration
-from .provenance import provenance
+from .provenance import input_fingerprint, provenance
 from .results import analyse, public_settings
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
 from .slurm import read_profile
@@ -264,21 +264,6 @@ def _plan(config: Config) -> _Run:
         "input_fingerprint": input_fingerprint(store),
     }
     return _Run(config, store, out, datacube, grid, identity, weights)
-
-
-def input_fingerprint(store: str | Path) -> str:
-    """Identity of a datacube in milliseconds: of its metadata, vacuum probe and mask, not of its shards.
-
-    So a damaged shard can be put back and the run continued. What the patterns are, `_sample_digests` tells.
-    """
-    digest = hashlib.sha256()
-    for name in ("", "intensity", *sorted(set(schema.DATACUBE) - {"intensity"})):
-        folder = Path(store, name)
-        whole = folder.is_dir() and name not in ("", "intensity")
-        for file in sorted(folder.rglob("*") if whole else folder.glob("*")):
-            if file.is_file() and (whole or file.name in ("zarr.json", ".zattrs", ".zgroup", ".zarray")):
-                digest.update(f"{name}/{file.name}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _sample_digests(datacube: xr.Dataset) -> list[str]:

@@ -20,3 +20,33 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"FCUNET_TEST_DATA names {path}, which is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A finished run on a tiny scan: the datacube, and the run directory, which must be left as they are."""
+    from distributed import Client
+    from flat_scan import draw_datacube
+
+    from fcunet import runner
+    from fcunet.config import Config
+    from fcunet.store import write_datacube
+
+    folder = tmp_path_factory.mktemp("small")
+    store = write_datacube(folder / "scan.zarr", draw_datacube())
+    config = Config.load(store=store, out=folder / "run", method="correlation")
+    with Client(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+    ) as client:
+        runner.run(config, client=client, progress=False)
+    return store, folder / "run"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium that reaches this machine only."""
+    from browser import start_browser
+
+    driver = start_browser()
+    yield driver
+    driver.quit()

@@ -19,7 +19,7 @@ LAYERS = [
     {"kernels", "nn"},
     {"blocks", "store", "calibrate"},
     {"pipeline", "plot", "report"},
-    {"runner"},
+    {"runner", "explore"},
     {"cli", "demo"},
 ]
 RESTRICTED = {"simulation", "training"}

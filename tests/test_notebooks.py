@@ -5,25 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from flat_scan import draw_datacube
-
-from fcunet import runner
-from fcunet.config import Config
-from fcunet.store import write_datacube
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("notebook")
-    store = write_datacube(folder / "scan.zarr", draw_datacube())
-    config = Config.load(
-        store=store, out=folder / "run", method="correlation", workers=1, dashboard_address="127.0.0.1:0"
-    )
-    runner.run(config, progress=False)
-    return store, folder / "run"
 
 
 @pytest.mark.filterwarnings("ignore")  # the kernel is another process: only its errors count

@@ -9,7 +9,7 @@ Colours are safe for colour-blind readers; what is missing is grey. All take ``t
 from .compare import methods, numbers, truth
 from .evidence import calibration_evidence
 from .lines import along_line, grains, orientations, profile
-from .maps import error_bars, strain, virtual
+from .maps import error_bars, scan_map, strain, virtual
 from .patterns import bragg_vector_map, calibration, detection
 from .style import to_png
 
@@ -25,6 +25,7 @@ __all__ = [
     "numbers",
     "orientations",
     "profile",
+    "scan_map",
     "strain",
     "to_png",
     "truth",

@@ -202,6 +202,44 @@ def _median_text(values: ArrayLike, digits: int = 2) -> str:
 
 
 @styled
+def scan_map(
+    array: xr.DataArray,
+    *,
+    factor: float = 1.0,
+    unit: str = "",
+    title: str | None = None,
+    limits: tuple[float, float] | None = None,
+    symmetric: bool = False,
+) -> Figure:
+    """One map of the scan, with scale bar and colour bar.
+
+    Parameters
+    ----------
+    array : DataArray (scan_y, scan_x)
+    factor : float
+        From the values to what is shown, such as 100 for percent.
+    unit, title : str, optional
+        Of what is shown; the title is the name of the array by default.
+    limits : (float, float), optional
+        Colour range in `unit`; default from the values.
+    symmetric : bool
+        The values have a sign: diverging colours, the same range on both sides of zero.
+    """
+    scaled = array.astype(float) * factor
+    if limits is None:
+        top = symmetric_limit([scaled.values], None) if symmetric else 0.0
+        limits = (-top, top) if symmetric else range_of(np.asarray(scaled.values, dtype=float))
+    width, height = panel_size(scaled, 4.2)
+    figure = new_figure(width, height)
+    ax = figure.add_subplot()
+    turned = "theta" in str(array.name)
+    diverging = theme().rotation if turned else theme().strain
+    draw_map(ax, scaled, cmap=diverging if symmetric else "viridis", limits=limits, label=unit)
+    ax.set_title(title if title is not None else str(array.name or ""))
+    return figure
+
+
+@styled
 def virtual(results: xr.DataTree | xr.Dataset, names: Sequence[str] | None = None) -> Figure:
     """Virtual images and maps of the detection, as many as there are.
 

@@ -1,0 +1,383 @@
+"""What is looked at, and how: the state of an explorer without its window, and the numbers it shows."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from .. import plot, schema
+from ..kernels.lattice import fit_lattice
+from ..kernels.strain import strain_std
+from ..pipeline import compute_strain, virtual_image
+from ..plot.lines import Position, along_line
+from ..schema import STRAIN_COMPONENTS
+from .sources import Sources
+
+Array = NDArray[np.float64]
+Region = tuple[int, int, int, int]
+
+_VECTORS = schema.LATTICE_PARAMETERS[2:]
+DETECTOR = "virtual detector"
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A ring on the detector: centre (y, x), and radii in px, ``inner <= r < outer``."""
+
+    centre: tuple[float, float]
+    inner: float
+    outer: float
+
+    def mask(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """True inside, of the shape of a pattern."""
+        r = np.hypot(np.arange(shape[0])[:, None] - self.centre[0], np.arange(shape[1]) - self.centre[1])
+        return (self.inner <= r) & (r < self.outer)
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that decides what an explorer shows.
+
+    Attributes
+    ----------
+    shown : str
+        Name of the map.
+    position : (int, int)
+        The scan position (y, x) whose pattern is shown.
+    limits : (float, float) or None
+        Colour range in the unit of the map (%, degrees, px, counts); None: from the values.
+    reference : (y0, y1, x0, x1) or None
+        Reference region of the strain; None: as in the run.
+    rotation_degree : float or None
+        Scan frame against detector frame; None: as in the run.
+    min_indexed, max_fit_error, max_std
+        Positions with fewer peaks in the fit, a larger residual (px), or a larger error bar of a strain
+        component are grey.
+    min_intensity : float
+        Peaks weaker than this share of the strongest one of the pattern, the direct beam left out, are not
+        drawn, and the lattice of the pattern shown is fitted without them.
+    line : "row", "column", or two positions
+        Where the profile runs: through the position, or along a drawn line.
+    width : int
+        Positions averaged across the profile.
+    detector : Detector or None
+        The virtual detector.
+    """
+
+    shown: str = "e_xx"
+    position: tuple[int, int] = (0, 0)
+    limits: tuple[float, float] | None = None
+    reference: Region | None = None
+    rotation_degree: float | None = None
+    min_indexed: int = 0
+    max_fit_error: float | None = None
+    max_std: float | None = None
+    min_intensity: float = 0.0
+    line: str | tuple[Position, Position] = "row"
+    width: int = 1
+    detector: Detector | None = None
+
+    @property
+    def as_in_run(self) -> bool:
+        """The strain is that of the stored results."""
+        return self.reference is None and self.rotation_degree is None
+
+    def changed(self, **values: Any) -> "View":
+        """The same view with other `values`."""
+        return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """How a map is shown: heading, unit, factor from the stored value, palette, and whether it has a sign."""
+
+    title: str
+    unit: str
+    factor: float = 1.0
+    palette: str = "viridis"
+    symmetric: bool = False
+
+
+_DEGREES = 180 / np.pi
+KINDS = {
+    "e_xx": MapKind("strain e_xx", "%", 100, "strain", True),
+    "e_yy": MapKind("strain e_yy", "%", 100, "strain", True),
+    "e_xy": MapKind("strain e_xy", "%", 100, "strain", True),
+    "theta": MapKind("rotation theta", "degrees", _DEGREES, "rotation", True),
+    "e_1": MapKind("larger principal strain", "%", 100, "strain", True),
+    "e_2": MapKind("smaller principal strain", "%", 100, "strain", True),
+    "dilation": MapKind("change of area e_xx + e_yy", "%", 100, "strain", True),
+    "max_shear": MapKind("largest shear", "%", 100, "viridis"),
+    "e_xx_std": MapKind("error bar of e_xx", "1e-3", 1e3),
+    "e_yy_std": MapKind("error bar of e_yy", "1e-3", 1e3),
+    "e_xy_std": MapKind("error bar of e_xy", "1e-3", 1e3),
+    "theta_std": MapKind("error bar of theta", "mrad", 1e3),
+    "grain": MapKind("grain", "", 1, "category"),
+    "fit_error": MapKind("residual of the lattice fit", "px"),
+    "n_indexed": MapKind("peaks in the lattice fit", ""),
+    "n_peaks": MapKind("peaks found", ""),
+    "bf": MapKind("bright field", "counts", 1, "gray"),
+    "adf": MapKind("annular dark field", "counts", 1, "gray"),
+    "total": MapKind("all electrons", "counts", 1, "gray"),
+    "com_qy": MapKind("centre of mass, row", "px"),
+    "com_qx": MapKind("centre of mass, column", "px"),
+    DETECTOR: MapKind(DETECTOR, "counts", 1, "gray"),
+}
+DERIVED = ("e_1", "e_2", "dilation", "max_shear")
+GROUPS = ("strain", "lattice", "virtual")
+
+
+def kind_of(name: str) -> MapKind:
+    """How the map `name` is shown, also one that this version does not know."""
+    return KINDS.get(name) or MapKind(name.replace("_", " "), "")
+
+
+@dataclass
+class Maps:
+    """The maps of a result under a view; what was computed last is kept."""
+
+    sources: Sources
+    virtual: xr.DataArray | None = None
+    _strain: dict[Any, xr.Dataset] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Maps that can be shown, in the order of `KINDS`, unknown ones last."""
+        found = []
+        for group in GROUPS:
+            if group in self.sources.tree.children:
+                dataset = self.sources.tree[group].dataset
+                found += [str(n) for n, v in dataset.data_vars.items() if v.dims == schema.SCAN_DIMS]
+        if {"e_xx", "e_yy", "e_xy"} <= set(found):
+            found += [n for n in DERIVED if n not in found]
+        hidden = {"valid", "truncated", *schema.LATTICE_PARAMETERS}
+        known = [n for n in KINDS if n in found]
+        return known + sorted(set(found) - set(known) - hidden)
+
+    def has(self, name: str) -> bool:
+        """A map of this name is stored."""
+        groups = (self.sources.tree[g].dataset for g in GROUPS if g in self.sources.tree.children)
+        return any(name in dataset for dataset in groups)
+
+    def stored(self, name: str) -> xr.DataArray:
+        """A stored map, in memory after the first time."""
+        for group in GROUPS:
+            if group in self.sources.tree.children and name in self.sources.tree[group].dataset:
+                return self.sources.tree[group].dataset[name].load()
+        raise KeyError(name)
+
+    @cached_property
+    def lattice(self) -> xr.Dataset:
+        """The lattice vectors of every position, in memory, without their covariance."""
+        lattice = self.sources.tree["lattice"].dataset
+        return lattice[[*_VECTORS]].load()
+
+    def strain(self, view: View) -> xr.Dataset:
+        """`e_xx, e_yy, e_xy, theta` under the reference and the frame of `view`."""
+        if view.as_in_run:
+            names = [n for n in STRAIN_COMPONENTS if n in self.sources.tree["strain"].dataset]
+            return xr.Dataset({n: self.stored(n) for n in names}, attrs=self.sources.tree["strain"].attrs)
+        key = (view.reference, view.rotation_degree)
+        if key not in self._strain:
+            self._strain.clear()
+            self._strain[key] = compute_strain(self.lattice, **self.strain_options(view))
+        return self._strain[key]
+
+    def strain_options(self, view: View) -> dict[str, Any]:
+        """Arguments of `fcunet.compute_strain` that this view asks for, those of the run filled in."""
+        attrs = self.sources.tree["strain"].attrs
+        options: dict[str, Any] = {}
+        if view.reference is not None:
+            options["reference"] = view.reference
+        elif "g1_ref_px" in attrs and "g2_ref_px" in attrs:
+            options["reference"] = (tuple(attrs["g1_ref_px"]), tuple(attrs["g2_ref_px"]))
+        for name in ("measure", "convention"):
+            if name in attrs:
+                options[name] = attrs[name]
+        if attrs.get("transposed"):
+            options["transpose"] = True
+        if view.rotation_degree is not None:
+            options["rotation_degree"] = float(view.rotation_degree)
+        elif attrs.get("frame") == "scan":
+            options["rotation_degree"] = float(attrs.get("rotation_degree", 0.0))
+        return options
+
+    def raw(self, view: View, name: str) -> xr.DataArray:
+        """The map `name` in its stored unit, not masked."""
+        if name == DETECTOR:
+            if self.virtual is None:
+                raise KeyError(name)
+            return self.virtual
+        if name in STRAIN_COMPONENTS:
+            return self.strain(view)[name]
+        if name in DERIVED and (not view.as_in_run or name not in self.sources.tree["strain"].dataset):
+            from ..kernels.strain import principal_strains
+
+            strain = self.strain(view)
+            values = principal_strains(*(strain[c].values for c in ("e_xx", "e_yy", "e_xy")))[name]
+            return strain["e_xx"].copy(data=values).rename(name)
+        return self.stored(name)
+
+    def keep(self, view: View) -> NDArray[np.bool_] | None:
+        """Positions that pass the thresholds (scan_y, scan_x); None without any threshold."""
+        passed: NDArray[np.bool_] | None = None
+        for wanted, name, test in (
+            (view.min_indexed or None, "n_indexed", np.greater_equal),
+            (view.max_fit_error, "fit_error", np.less_equal),
+        ):
+            if wanted is not None:
+                good = test(self.stored(name).values, wanted)
+                passed = good if passed is None else passed & good
+        if view.max_std is not None:
+            for name in ("e_xx_std", "e_yy_std", "e_xy_std"):
+                if name in self.sources.tree["strain"].dataset:
+                    good = self.stored(name).values <= view.max_std
+                    passed = good if passed is None else passed & good
+        return passed
+
+    def shown(self, view: View, name: str | None = None) -> xr.DataArray:
+        """The map of `view` in its shown unit; NaN where there is none, or a threshold is not met."""
+        name = name or view.shown
+        raw = self.raw(view, name)
+        values = raw.values * kind_of(name).factor
+        if name == "grain":
+            values = np.where(raw.values > 0, raw.values, np.nan)
+        keep = self.keep(view)
+        if keep is not None and name not in ("bf", "adf", "total", DETECTOR):
+            values = np.where(keep, values, np.nan)
+        return raw.copy(data=values.astype(np.float32))
+
+    def limits(self, view: View, values: Array) -> tuple[float, float]:
+        """Colour range: given, else symmetric for what has a sign, else most of the values."""
+        if view.limits is not None:
+            return view.limits
+        from ..plot.style import range_of, symmetric_limit
+
+        sample = thinned(values)
+        if kind_of(view.shown).symmetric:
+            top = symmetric_limit([sample], None)
+            return -top, top
+        return range_of(sample)
+
+    # ------------------------------------------------------------------------------------- one position
+
+    def lattice_shown(self, view: View) -> tuple[Array, Array, Array]:
+        """Origin, g and covariance at the position; fitted anew where weak peaks are left out."""
+        origin, g, covariance = self.sources.lattice_at(*view.position)
+        if view.min_intensity <= 0 or self.sources.peaks is None or not np.isfinite(g).all():
+            return origin, g, covariance
+        peaks, strong = self.peaks_shown(view)
+        fit = fit_lattice(
+            peaks["peak_qy"][strong],
+            peaks["peak_qx"][strong],
+            g=g,
+            origin=origin,
+            sigma=peaks["peak_sigma"][strong] if np.isfinite(peaks["peak_sigma"]).all() else None,
+            weighting="sigma" if np.isfinite(peaks["peak_sigma"]).all() else "uniform",
+            min_num_peaks=3,
+        )
+        return fit.origin, fit.g, fit.covariance
+
+    def peaks_shown(self, view: View) -> tuple[dict[str, Array], NDArray[np.bool_]]:
+        """Peaks at the position, and which of them are strong enough."""
+        peaks = self.sources.peaks_at(*view.position)
+        height = peaks["peak_intensity"]
+        order = np.sort(height)[::-1]
+        strongest = order[1] if len(order) > 1 else order[0] if len(order) else 1.0
+        return peaks, height >= view.min_intensity * strongest
+
+    def strain_at(self, view: View) -> dict[str, tuple[float, float]]:
+        """Value and error bar of each strain component at the position, of the lattice that is shown."""
+        _, g, covariance = self.lattice_shown(view)
+        if view.as_in_run and view.min_intensity <= 0:
+            strain = self.sources.tree["strain"].dataset
+            y, x = view.position
+            return {
+                c: (
+                    float(self.stored(c)[y, x]),
+                    float(self.stored(f"{c}_std")[y, x]) if f"{c}_std" in strain else np.nan,
+                )
+                for c in STRAIN_COMPONENTS
+            }
+        if not np.isfinite(g).all():
+            return dict.fromkeys(STRAIN_COMPONENTS, (np.nan, np.nan))
+        values, errors = self._of_lattice(view, g[None], covariance[None])
+        return {c: (float(values[c][0]), float(errors[f"{c}_std"][0])) for c in STRAIN_COMPONENTS}
+
+    def _of_lattice(self, view: View, g: Array, covariance: Array) -> tuple[dict, dict]:
+        """Strain and its error bars of some lattices (n, 2, 2), against the reference of `view`."""
+        from ..kernels.strain import deformation_gradient, rotate_frame, strain_from_F
+
+        attrs = self.strain(view).attrs
+        g_ref = np.array([attrs["g1_ref_px"], attrs["g2_ref_px"]], dtype=float)
+        turn: dict[str, Any] = {
+            "rotation_degree": float(attrs.get("rotation_degree", 0.0)),
+            "transpose": bool(attrs.get("transposed", 0)),
+        }
+        how: dict[str, Any] = {k: attrs[k] for k in ("measure", "convention") if k in attrs}
+        F = rotate_frame(deformation_gradient(g, g_ref), **turn)
+        return strain_from_F(F, **how), strain_std(g, g_ref, covariance, **turn, **how)
+
+    # ---------------------------------------------------------------------------------------- a profile
+
+    def ends(self, view: View) -> tuple[Position, Position]:
+        """Ends of the profile, in scan positions."""
+        ny, nx = self.sources.shape
+        y, x = view.position
+        if view.line == "row":
+            return (y, 0), (y, nx - 1)
+        if view.line == "column":
+            return (0, x), (ny - 1, x)
+        return view.line  # type: ignore[return-value]
+
+    def profile(self, view: View) -> xr.Dataset:
+        """The map shown along the line, in its shown unit, with `_std` where there are error bars."""
+        name, factor = view.shown, kind_of(view.shown).factor
+        data = {name: self.shown(view)}
+        if name in STRAIN_COMPONENTS and f"{name}_std" in self.sources.tree["strain"].dataset:
+            # to first order another reference does not change it; another frame mixes the components, which
+            # changes little where they are alike
+            data[f"{name}_std"] = self.stored(f"{name}_std") * factor
+        return along_line(xr.Dataset(data), [name], *self.ends(view), width=view.width)
+
+    # ------------------------------------------------------------------------------- virtual detector
+
+    def virtual_lazy(self, view: View) -> xr.DataArray:
+        """The image of the virtual detector, lazy."""
+        if view.detector is None or self.sources.datacube is None:
+            raise ValueError(
+                self.sources.missing.get("patterns", "draw the virtual detector on the mean pattern first")
+            )
+        frame = self.sources.datacube["intensity"].shape[2:]
+        return virtual_image(self.sources.datacube, view.detector.mask(frame))
+
+    # -------------------------------------------------------------------------------------- out of here
+
+    def figure(self, view: View, *, theme: str = "light", size: str | None = None) -> Any:
+        """The map as a figure for print, as the code of `recipe.code` draws it."""
+        kind = kind_of(view.shown)
+        array = self.raw(view, view.shown)
+        keep = self.keep(view)
+        if view.shown == "grain" and keep is None:
+            return plot.grains(self.sources.tree, theme=theme, size=size)
+        if keep is not None and view.shown not in ("bf", "adf", "total", DETECTOR):
+            array = array.where(keep)
+        return plot.scan_map(
+            array,
+            factor=kind.factor,
+            unit=kind.unit,
+            title=kind.title,
+            limits=view.limits,
+            symmetric=kind.symmetric,
+            theme=theme,
+            size=size,
+        )
+
+
+def thinned(values: Array, most: int = 200_000) -> Array:
+    """About so many of the values, evenly."""
+    flat = np.asarray(values).ravel()
+    return flat[:: max(1, len(flat) // most)]
