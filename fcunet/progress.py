@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _LINE_EVERY_S = 30.0
+_HISTORY_EVERY_S, _HISTORY_POINTS = 1.0, 300
 
 
 class Progress:
@@ -33,6 +34,7 @@ class Progress:
         self._last_line = self._start
         self._say = say or (lambda text: print(text, flush=True))
         self._noted = ""
+        self.history: list[tuple[float, int]] = [(0.0, 0)]
         self._bar: Any = None
         self._task: Any = None
         self._show = show
@@ -80,7 +82,17 @@ class Progress:
             self.failed += patterns
         else:
             self.now += patterns
+        self._remember()
         self._update()
+
+    def _remember(self) -> None:
+        """Seconds since the start and patterns done then, thinned to a few hundred points."""
+        now = time.monotonic() - self._start
+        if now - self.history[-1][0] < _HISTORY_EVERY_S:
+            return
+        self.history.append((round(now, 2), self.now))
+        if len(self.history) > _HISTORY_POINTS:
+            self.history = self.history[::2]
 
     def note(self, text: str) -> None:
         """Something to show beside the bar, such as that workers are waited for."""

@@ -20,6 +20,7 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .cluster import connect, job_script, report_health
 from .config import Config
-from .dashboard import RunPageFeed
+from .dashboard import RunPageFeed, page_link
 from .datacube import DamagedBlockError
 from .layout import BlockGrid
 from .lock import RunLock
@@ -54,6 +55,7 @@ from .store import (
     open_truth,
     read_status,
 )
+from .thumbnails import ProvisionalBasis, find_provisional_basis, stored_thumbnails
 from .tiles import (
     Block,
     TileJob,
@@ -61,6 +63,7 @@ from .tiles import (
     finish_patterns,
     full_disk_is_named,
     load_calibration,
+    origin_of_block,
     reopen_patterns,
     run_tiles,
     save_calibration,
@@ -78,6 +81,7 @@ _IDENTITY_WORDS = {
     "input_fingerprint": "the scan",
 }
 _PAGE_EVERY_S = 1.0
+_CATCH_UP = 400  # blocks whose pictures the driver draws itself
 
 
 class RunStopped(RuntimeError):
@@ -401,12 +405,13 @@ def _run_blocks(
         run_id=_run_id(plan),
     )
     say(f"  compute   {_describe_workers(client)}")
-    say(f"  dashboard {client.dashboard_link}   strain page: {_page_address(client)}")
+    say(f"  dashboard {client.dashboard_link}   strain page: {page_link(client)}")
     for line in ways_to_dashboard(client.dashboard_link):
         say(line)
     client.forward_logging("fcunet", level=logging.INFO)
     title = f"{plan.datacube.attrs.get('title') or plan.store.stem}"
     page = RunPageFeed(client, run=f"{job.run_id}-{os.getpid()}", title=title, status=status)
+    live = _LiveMap(plan, page, status)
     seconds: dict[str, float] = {"read": 0.0, "detect": 0.0, "write": 0.0}
     seen = {"peak_rss": 0, "bytes": 0, "peaks": 0, "truncated": 0, "empty": 0}
     devices: set[str] = set()
@@ -424,7 +429,7 @@ def _run_blocks(
                 seen[name] += numbers[name]
             seen["peak_rss"] = max(seen["peak_rss"], numbers["peak_rss"])
             devices.add(numbers["device"])
-            page.done(*block, schema.STATUS_DONE, thumbnail=numbers["bf"])
+            live.done(block, numbers["maps"])
             bar.advance(numbers["patterns"])
 
         def on_failed(block: Block, reason: str) -> None:
@@ -444,13 +449,22 @@ def _run_blocks(
                 else report_health(client, workers, bar.now + bar.failed)
             )
             bar.note(note)
-            page.send(rate=bar.rate, remaining_s=bar.remaining_s, workers=workers, note=note)
+            live.catch_up()
+            page.send(bar, workers=workers, note=note)
 
         counts = run_tiles(
-            client, job, todo, on_done=on_done, on_failed=on_failed, on_tick=on_tick, stop=stop
+            client,
+            job,
+            todo,
+            on_done=on_done,
+            on_failed=on_failed,
+            on_tick=on_tick,
+            stop=stop,
+            basis=lambda: live.basis,
         )
         rate = bar.rate
-        page.send(rate=rate, remaining_s=0.0, workers=0, note="stopped" if stop.is_set() else "peaks done")
+        live.finish()
+        page.send(bar, workers=0, note="stopped" if stop.is_set() else "peaks done", ended=True)
     if counts.done:
         say(
             f"  detect    {bar.now:,} patterns, {seen['peaks'] / max(bar.now, 1):.1f} peaks each, "
@@ -467,6 +481,39 @@ def _run_blocks(
         "device": ", ".join(sorted(devices)) or None,
         "failed_blocks": [{"block": list(b), "reason": r} for b, r in sorted(counts.failed.items())],
     }
+
+
+class _LiveMap:
+    """Hands pictures of finished blocks to the live page; finds the basis of their strain in the first."""
+
+    def __init__(self, plan: _Run, page: RunPageFeed, status: np.ndarray) -> None:
+        self.plan, self.page, self.calibration = plan, page, load_calibration(plan.peaks)
+        self.basis: ProvisionalBasis | None = None
+        done = [(int(iy), int(ix)) for iy, ix in np.argwhere(status == schema.STATUS_DONE)]
+        self._behind: deque[Block] = deque(done[:_CATCH_UP])  # of an earlier call: drawn one by one
+
+    def done(self, block: Block, maps: dict[str, Any]) -> None:
+        """A block has ended, with these pictures."""
+        self.page.done(*block, schema.STATUS_DONE, maps=maps)
+        if "e_xx" not in maps and len(self._behind) < _CATCH_UP:
+            self._behind.append(block)
+
+    def finish(self, seconds: float = 2.0) -> None:
+        """Draw what is left, as far as it does not hold up the run."""
+        end = time.monotonic() + seconds
+        while self._behind and time.monotonic() < end:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Draw the strain of one block that ended before the basis was known; called once a second."""
+        if not self._behind:
+            return
+        block, peaks, grid = self._behind.popleft(), self.plan.peaks, self.plan.grid
+        if self.basis is None:
+            self.basis = find_provisional_basis(peaks, grid, block)
+        origin = origin_of_block(self.calibration, *grid.slices(*block))
+        maps = stored_thumbnails(peaks, grid, block, origin, self.basis)
+        self.page.done(*block, schema.STATUS_DONE, maps=maps)
 
 
 def _save_truth(plan: _Run, truth: xr.Dataset) -> None:
@@ -544,10 +591,6 @@ def _describe_workers(client: Client) -> str:
     per_worker = sorted(set(threads.values()))
     each = "-".join(map(str, {per_worker[0], per_worker[-1]})) if len(per_worker) > 1 else str(per_worker[0])
     return f"{len(threads)} workers x {each} thread{'' if each == '1' else 's'}"
-
-
-def _page_address(client: Client) -> str:
-    return client.dashboard_link.removesuffix("/status") + "/fcunet"
 
 
 def _bytes(n: float) -> str:

@@ -21,7 +21,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .kernels.descan import surface_at
 from .layout import BlockGrid
 from .memory import peak_rss
 from .store import block_grid, set_status, write_peaks_block
+from .thumbnails import ProvisionalBasis, thumbnails
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ _POLL_S = 0.25
 _RESULT_TIMEOUT_S = 5.0
 _DRAIN_S = 600.0  # how long a stop waits for the blocks in flight
 _PARTIAL = "partial"  # group in the peaks store: what each block adds to the mean and maximum pattern
-_THUMBNAIL = 8
 
 
 class StorageError(RuntimeError):
@@ -70,6 +70,8 @@ class TileJob:
         Checksum the network's weights must have.
     run_id : str
         Changes when the peaks store is made anew; a task that outlived its run must not write into the next.
+    basis : ProvisionalBasis, optional
+        What the strain of the live map is computed with, once it is known; no result depends on it.
     """
 
     store: str
@@ -78,6 +80,7 @@ class TileJob:
     detection: DetectionConfig
     weights_sha256: str | None
     run_id: str
+    basis: ProvisionalBasis | None = None
 
 
 @dataclass
@@ -104,8 +107,8 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Numbers for the progress: patterns, peaks, seconds per stage, peak memory in bytes, and a thumbnail of
-        the bright field, at most 8 x 8.
+        Numbers for the progress: patterns, peaks, seconds per stage, peak memory in bytes, and the pictures
+        of `fcunet.thumbnails` under ``maps``.
     """
     import torch
 
@@ -120,11 +123,12 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
     chunk = read_region(job.store, ys, xs)
     read = time.perf_counter()
     calibration = _calibration(job)
+    origin = origin_of_block(calibration, *grid.slices(iy, ix))
     values = process_block(
         chunk,
         job.detection,
         calibration,
-        origin=_origin(calibration, *grid.slices(iy, ix)),
+        origin=origin,
         template_index=None
         if calibration.template_index is None
         else calibration.template_index[grid.slices(iy, ix)],
@@ -147,7 +151,7 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         "seconds": {"read": read - start, "detect": computed - read, "write": end - computed},
         "device": device_name(job.detection.device),
         "peak_rss": peak_rss(),
-        "bf": thumbnail(values["bf"]),
+        "maps": thumbnails(values, origin, job.basis),
     }
 
 
@@ -256,16 +260,6 @@ def _nascent_group(final: Path) -> Iterator[zarr.Group]:
     replace_folder(draft, final)
 
 
-def thumbnail(image: np.ndarray) -> list[list[float]]:
-    """`image` (y, x) reduced to at most 8 x 8 means, for the live map."""
-    steps = [max(1, -(-n // _THUMBNAIL)) for n in image.shape]
-    edges = [np.arange(0, n, step) for n, step in zip(image.shape, steps, strict=True)]
-    filled = np.nan_to_num(image.astype(float))
-    sums = np.add.reduceat(np.add.reduceat(filled, edges[0], axis=0), edges[1], axis=1)
-    counts = np.diff([*edges[0], image.shape[0]])[:, None] * np.diff([*edges[1], image.shape[1]])
-    return (sums / counts).tolist()
-
-
 def run_tiles(
     client: Client,
     job: TileJob,
@@ -275,6 +269,7 @@ def run_tiles(
     on_failed: Callable[[Block, str], None],
     on_tick: Callable[[int], None] = lambda workers: None,
     stop: threading.Event | None = None,
+    basis: Callable[[], ProvisionalBasis | None] = lambda: None,
 ) -> TileCounts:
     """Feed `tiles` to the workers of `client`, two or three per worker at a time, and wait for them.
 
@@ -294,6 +289,9 @@ def run_tiles(
     stop : threading.Event, optional
         When set, no more tiles are submitted, and the call returns when those in flight are done.
 
+    basis : callable, optional
+        Gives the basis of the live map's strain, once it is known.
+
     Returns
     -------
     TileCounts
@@ -301,7 +299,7 @@ def run_tiles(
     counts = TileCounts()
     stop = stop or threading.Event()
     suspects: deque[Block] = deque()
-    window = _Window(client, job)
+    window = _Window(client, job, basis)
     try:
         for todo, per_worker in ((deque(tiles), None), (suspects, 1)):
             window.drain(
@@ -322,8 +320,10 @@ def run_tiles(
 class _Window:
     """The tiles in flight."""
 
-    def __init__(self, client: Client, job: TileJob) -> None:
-        self.client, self.job = client, job
+    def __init__(
+        self, client: Client, job: TileJob, basis: Callable[[], ProvisionalBasis | None] = lambda: None
+    ) -> None:
+        self.client, self.job, self.basis = client, job, basis
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.flying: dict[Future, Block] = {}
         self._workers, self._slots, self._asked = 0, 0, 0.0
@@ -396,6 +396,8 @@ class _Window:
             self._workers, self._slots, self._asked = len(threads), sum(threads.values()), now
         # one more per worker than it has threads: the next tile is there when one ends
         size = max(self._workers, 1) * per_worker if per_worker else max(self._slots + self._workers, 2)
+        if self.job.basis is None and (found := self.basis()) is not None:
+            self.job = replace(self.job, basis=found)
         while todo and len(self.flying) < size and not stop.is_set():
             block = todo.popleft()
             future = self.client.submit(
@@ -423,7 +425,7 @@ def _calibration(job: TileJob) -> Calibration:
     return found
 
 
-def _origin(calibration: Calibration, ys: slice, xs: slice) -> np.ndarray:
+def origin_of_block(calibration: Calibration, ys: slice, xs: slice) -> np.ndarray:
     """Beam centre (y, x) at the positions of a block."""
     if calibration.origin_stored is not None:
         return calibration.origin_stored[ys, xs]

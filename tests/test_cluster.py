@@ -19,7 +19,8 @@ from fcunet.cluster import (
     report_health,
     visible_device,
 )
-from fcunet.dashboard import RunPageFeed
+from fcunet.dashboard import LivePage, RunPageFeed
+from fcunet.progress import Progress
 from fcunet.session import dask_report
 from fcunet.slurm import ClusterError, ProfileSettings, build_cluster, preflight, read_profile
 from fcunet.watch import JobWatch
@@ -122,13 +123,21 @@ def test_visible_device__needs_a_number():
 
 def test_page__shows_the_run_on_the_port_of_the_dashboard(client):
     feed = RunPageFeed(client, run="a", title="<b>scan</b>", status=np.zeros((2, 3), np.uint8))
-    feed.done(0, 1, 1, thumbnail=[[1.0, 2.0]])
+    feed.done(0, 1, 1, maps={"bf": [[1.0, 2.0]]})
     feed.done(1, 2, 2, reason="it does not decode")
-    feed.send(rate=123.4, remaining_s=5.0, workers=1)
+    bar = Progress(600, show=False)
+    bar.advance(100)
+    bar.advance(100, failed=True)
+    feed.send(bar, workers=1)
     base = client.dashboard_link.removesuffix("/status")
     state = json.load(urllib.request.urlopen(f"{base}/fcunet.json"))
     assert state["status"] == "010002"
-    assert state["tiles"] == {"0,1": [[1.0, 2.0]]}
+    assert state["maps"] == {"0,1": {"bf": [[1.0, 2.0]]}}
+    assert state["patterns"] == [200, 600]
+    assert state["rate"] > 0
+    assert state["remaining_s"] > 0
+    assert json.load(urllib.request.urlopen(f"{base}/fcunet.json?since={state['count']}"))["maps"] == {}
+    assert [m["name"] for m in state["machines"]] == ["0"]
     assert state["failed"] == {"1,2": "it does not decode"}
     page = urllib.request.urlopen(f"{base}/fcunet").read().decode()
     assert "fcunet.json" in page
@@ -137,9 +146,34 @@ def test_page__shows_the_run_on_the_port_of_the_dashboard(client):
 
 def test_page__a_new_run_begins_with_an_empty_map(client):
     feed = RunPageFeed(client, run="b", title="scan", status=np.zeros((1, 1), np.uint8))
-    feed.send(rate=0.0, remaining_s=None, workers=1)
+    feed.send(Progress(1, show=False), workers=1)
     base = client.dashboard_link.removesuffix("/status")
-    assert json.load(urllib.request.urlopen(f"{base}/fcunet.json"))["tiles"] == {}
+    assert json.load(urllib.request.urlopen(f"{base}/fcunet.json"))["maps"] == {}
+
+
+def test_page__counts_blocks_that_are_tried_again(client, tmp_path):
+    feed = RunPageFeed(client, run="c", title="scan", status=np.zeros((1, 1), np.uint8))
+    feed.send(Progress(1, show=False), workers=1)
+
+    def fails_once(mark):
+        if not mark.exists():
+            mark.touch()
+            raise OSError("intermittent")
+        return 1
+
+    key = "fcunet-tile-4-2-abc"
+    assert client.submit(fails_once, tmp_path / "mark", key=key, retries=2, pure=False).result() == 1
+    base = client.dashboard_link.removesuffix("/status")
+    state = json.load(urllib.request.urlopen(f"{base}/fcunet.json"))
+    assert state["retried"] == {"4,2": 1}
+    assert state["active"] == []
+
+
+def test_live_page__links_through_the_prefix_that_dask_is_told(client):
+    with dask.config.set({"distributed.dashboard.link": "/user/me/proxy/{port}/status"}):
+        shown = LivePage(client)
+    port = client.dashboard_link.rpartition(":")[2].partition("/")[0]
+    assert f'src="/user/me/proxy/{port}/fcunet"' in shown._repr_html_()
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda p: p.stem)
