@@ -135,7 +135,8 @@ def fit_lattices(
     if in_order and len(bases) > max_lattices:
         raise ValueError(f"{len(bases)} lattices cannot each have a place among max_lattices={max_lattices}")
     taken = np.zeros(qy.shape, bool)
-    fits, ids = [], []
+    fits: list[LatticeFit] = []
+    ids: list[IntArray] = []
     for rank in range(max_lattices):
         if rank == 0:
             fit, which, members = _best(qy, qx, bases, origin, options)
