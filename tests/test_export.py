@@ -13,6 +13,7 @@ from fcunet.export import export, py4dstem_strain
 from fcunet.pipeline_strain import compute_strain, fit_lattice
 from fcunet.readers import open_source
 from fcunet.readers.bragg import read_peaks
+from fcunet.readers.maps import read_maps
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +251,35 @@ def test_parquet__is_the_table_with_types_and_attributes(tmp_path, results):
 def test_export__refuses_a_table_of_a_datacube(tmp_path, cube):
     with pytest.raises(ValueError, match="choose py4dstem or zspy"):
         export(cube, tmp_path / "a.csv")
+
+
+def test_read_maps__brings_exported_strain_back_under_our_names(tmp_path, results):
+    pytest.importorskip("h5py")
+    found = read_maps(export(results, tmp_path / "strain.h5", to="py4dstem"))
+    expected = compute_strain(
+        results["lattice"].to_dataset(), reference=(1, 8, 0, 3), rotation_degree=20, convention="py4dstem"
+    )
+    for name in ("e_xx", "e_yy", "e_xy", "theta"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-12)
+    np.testing.assert_array_equal(found["e_yy_std"], results["strain/e_yy_std"])
+    np.testing.assert_array_equal(found["valid"], results["strain/valid"])
+    assert found["scan_y"].values[1] == 2.0
+    assert found.attrs["convention"] == "py4dstem"
+
+
+def test_read_maps__masks_what_py4dstem_left_at_one_and_drops_its_error(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "theirs.h5", "w") as file:
+        node = file.create_group("strain_root/strain")
+        node.attrs["python_class"] = "StrainMap"
+        stack = np.ones((6, 2, 3))
+        stack[4, 0, 1] = 0
+        node["data"] = stack
+        labels = [b"e_xx", b"e_yy", b"e_xy", b"theta", b"mask", b"error"]
+        node.create_dataset("dim2", data=np.array(labels))
+    found = read_maps(tmp_path / "theirs.h5")
+    assert "error" not in found
+    assert int(found["e_xx"].isnull().sum()) == 1
+    assert found["scan_x"].attrs["units"] == "px"
+    with pytest.raises(ValueError, match="strain_root/strain; choose one"):
+        read_maps(tmp_path / "theirs.h5", "other")
