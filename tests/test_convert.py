@@ -467,6 +467,21 @@ def py4dstem(path, values, calibration, probe=None):
     return path
 
 
+def test_py4dstem__datacube_of_version_0_13_keeps_its_calibration(tmp_path, out):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        cube = file.create_group("4DSTEM/datacube")
+        cube.attrs["py4dstem_class"] = "DataCube"
+        cube["data"] = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+        facts = {"Q_pixel_size": 0.02, "Q_pixel_units": b"A^-1", "R_pixel_size": 2.5, "R_pixel_units": b"nm"}
+        for key, value in (facts | {"qx0": np.full((2, 3), 1.5), "qy0": np.full((2, 3), 2.5)}).items():
+            cube[f"calibration/{key}"] = value
+    cube = store.open_datacube(convert(tmp_path / "old.h5", out, progress=False))
+    assert float(cube["scan_x"][1]) == 2.5
+    assert float(cube["qy"][1] - cube["qy"][0]) == pytest.approx(0.02)
+    assert float(cube["origin_qy"][1, 2]) == 1.5
+
+
 def test_py4dstem__origin_maps_and_probe_keep_rows_first(tmp_path, out):
     values, rng = scan_of(dtype=np.float32), np.random.default_rng(1)
     qx0, qy0 = rng.random((4, 6)), 5 + rng.random((4, 6))  # their x is the row

@@ -78,7 +78,8 @@ def _read_py4dstem(path: Path, file: h5py.File, cubes: dict[str, h5py.Group]) ->
     group = cubes[name.removesuffix("/data")]
     source = Source(path, "py4DSTEM EMD", group["data"], axes=_axes_from_dims(group))
     root = file[name.split("/")[0]]
-    calibration = _calibration(root.get("metadatabundle/calibration"))
+    # EMD 1.0 keeps one calibration for the file, version 0.13 one in every datacube
+    calibration = _calibration(root.get("metadatabundle/calibration", group.get("calibration")))
     # dims may hold a mean origin and are what is left where the calibration has no step
     for dims, key in ((DATACUBE_DIMS[:2], "R"), (DATACUBE_DIMS[2:], "Q")):
         step, units = calibration.get(f"{key}_pixel_size"), calibration.get(f"{key}_pixel_units")
@@ -265,7 +266,9 @@ def _find_class(file: h5py.File, name: str) -> dict[str, h5py.Group]:
     found = {}
 
     def look(path: str, item: Any) -> None:
-        if isinstance(item, h5py.Group) and _text(item.attrs.get("python_class")) == name and "data" in item:
+        if not isinstance(item, h5py.Group) or "data" not in item:
+            return
+        if name in (_text(item.attrs.get(key)) for key in ("python_class", "py4dstem_class")):
             found[path] = item
 
     file.visititems(look)
