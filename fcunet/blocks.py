@@ -36,10 +36,10 @@ _MAX_BATCH = {"cpu": 64, "cuda": 512}
 # pixels of a batch on the CPU, fastest of the powers of two for detectors of 64 to 256 px: 8 patterns of 128
 # x 128
 # for the network (1.5 times as fast as 32), 64 for correlation, which cuts them further itself
-_CPU_BATCH_PIXELS = {"fcunet": 2**17, "correlation": 2**20}
+_CPU_BATCH_PIXELS = {"fcunet": 2**17, "correlation": 2**20, "cepstral": 2**18}
 # device memory per pixel of a pattern, bytes: float32 feature maps of the network, images and spectra of
 # correlation
-_BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128}
+_BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128, "cepstral": 256}
 
 # One thread at a time on a GPU, while the others read and decompress: two would only add memory.
 _DEVICE_PERMIT = threading.Semaphore(1)
@@ -70,6 +70,8 @@ class BlockCalibration(Protocol):
     def min_peak_spacing(self) -> Any: ...
     @property
     def edge_boundary(self) -> Any: ...
+    @property
+    def nearest_spacing_px(self) -> float: ...
     @property
     def origin(self) -> Any: ...
     @property
@@ -158,6 +160,21 @@ def build_detector(
             edge_boundary=int(edge),
             max_num_peaks=config.max_num_peaks,
         )
+
+    if config.method == "cepstral":
+        from .kernels.cepstrum import find_cepstral_peaks
+
+        def transform(patterns: Tensor) -> Peaks:
+            return find_cepstral_peaks(
+                patterns,
+                radius_px=float(calibration.probe_radius_px),
+                edge_sigma_px=float(calibration.edge_sigma_px),
+                nearest_spacing_px=float(calibration.nearest_spacing_px),
+                max_num_peaks=config.max_num_peaks,
+                min_relative_intensity=config.min_relative_intensity,
+            )
+
+        return transform
 
     from .kernels.correlation import centre_probe
     from .nn.detect import detect
@@ -497,6 +514,9 @@ def _detector_key(
         calibration.edge_boundary,
         calibration.beam_energy_keV,
         calibration.aperture_radius,
+        calibration.probe_radius_px,
+        calibration.edge_sigma_px,
+        calibration.nearest_spacing_px,
     )
     digest.update(repr(numbers).encode())
     return config.model_dump_json(), digest.hexdigest(), str(device), sha256 or ""

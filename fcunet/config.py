@@ -33,8 +33,8 @@ class _Section(BaseModel):
 class DetectionConfig(_Section):
     """How Bragg peaks are found. The six peak parameters have py4DSTEM's meaning."""
 
-    method: Literal["fcunet", "correlation"] = Field(
-        "fcunet", description="network, or correlation with the probe"
+    method: Literal["fcunet", "correlation", "cepstral"] = Field(
+        "fcunet", description="network, correlation with the probe, or cepstral: no disks at all"
     )
     weights: str = Field("default", description="name of packaged weights, or the path of a weights folder")
     threshold: float | None = Field(

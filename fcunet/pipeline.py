@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from . import schema
 from .blocks import BlockCalibration, process_block, weighted_sums
+from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
 from .pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
@@ -28,6 +29,14 @@ __all__ = [
     "fit_lattice",
     "virtual_image",
 ]
+
+
+# what `peak_intensity` is, by method
+INTENSITY_ATTRS = {
+    "fcunet": {"meaning": "structure factor magnitude |V_g|", "units": "V"},
+    "correlation": {"meaning": "height of the correlation"},
+    "cepstral": {"meaning": "height in the cepstrum; positions are vectors of real space"},
+}
 
 
 def find_peaks(
@@ -100,6 +109,7 @@ def find_peaks(
             "edge_sigma_px",
             "min_peak_spacing",
             "edge_boundary",
+            "nearest_spacing_px",
             "beam_energy_keV",
             "aperture_radius",
         )
@@ -117,16 +127,15 @@ def find_peaks(
             kwargs={"config": chosen, "numbers": numbers},
             template=_peaks_template(intensity, chosen.max_num_peaks),
         )
-    network = chosen.method == "fcunet"
-    peaks["peak_intensity"].attrs |= (
-        {"meaning": "structure factor magnitude |V_g|", "units": "V"}
-        if network
-        else {"meaning": "height of the correlation"}
-    )
+    peaks["peak_intensity"].attrs |= INTENSITY_ATTRS[chosen.method]
     peaks.attrs = {k: v for k, v in datacube.attrs.items() if not k.startswith("fcunet_format")} | {
         "detector_shape": list(frame),
         "centre": list(map(float, calibration.centre)),
     }
+    if chosen.method == "cepstral":
+        peaks.attrs["space"] = REAL_SPACE
+        for i, name in enumerate(("origin_qy", "origin_qx")):
+            peaks[name] = (schema.SCAN_DIMS, origin[..., i])
     return peaks
 
 

@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from . import schema
+from . import cepstral, schema
 from .kernels import lattice as kernel
 from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.strain import (
@@ -72,6 +72,17 @@ def fit_lattice(
     """
     schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
     _check_whole(peaks)
+    if cepstral.in_real_space(peaks):
+        side, middle = cepstral.cepstral_frame(peaks.attrs["detector_shape"])
+        fitted = fit_lattice(
+            cepstral.as_fitted(peaks),
+            basis=None if basis is None else cepstral.other_lattice(basis, side),
+            origin=middle,
+            weighting=weighting,
+            robust=robust,
+            min_num_peaks=min_num_peaks,
+        )
+        return cepstral.to_reciprocal(fitted, peaks)
     found = _common_lattice(peaks, basis, origin)
     arrays = [peaks["peak_qy"], peaks["peak_qx"]]
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]

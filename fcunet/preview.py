@@ -16,6 +16,7 @@ from . import schema
 from .blocks import process_block
 from .calibrate import calibrate
 from .calibration import Calibration
+from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .kernels.beam import aligned_mean
 from .pipeline import fit_lattice
@@ -23,6 +24,7 @@ from .sample import Sample, read_sample
 from .session import write_bytes
 from .store import open_datacube
 
+METHODS = {"fcunet": "FCU-Net", "correlation": "correlation", "cepstral": "cepstrum"}
 N_DETECTED = 24  # patterns in which disks are looked for, those shown among them
 
 Array = NDArray[np.float64]
@@ -171,6 +173,11 @@ def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Confi
     dims = {"peak_qy": schema.PEAK_DIMS, "peak_qx": schema.PEAK_DIMS}
     dims |= {"peak_intensity": schema.PEAK_DIMS, "peak_sigma": schema.PEAK_DIMS}
     peaks = xr.Dataset({name: (d, values[name]) for name, d in dims.items()})
+    cepstral = config.detection.method == "cepstral"
+    if cepstral:
+        peaks.attrs = {"space": REAL_SPACE, "detector_shape": list(patterns.shape[1:])}
+        for i, name in enumerate(("origin_qy", "origin_qx")):
+            peaks[name] = (schema.SCAN_DIMS, origin[..., i])
     lattice, why = None, ""
     try:
         lattice = fit_lattice(peaks, **config.lattice.model_dump())
@@ -179,7 +186,23 @@ def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Confi
     if lattice is not None and not np.isfinite(lattice["g1_qy"]).any():
         lattice, why = None, f"no pattern has {config.lattice.min_num_peaks} peaks on one lattice"
     qy, qx, height, bf = (values[k][0].astype(float) for k in ("peak_qy", "peak_qx", "peak_intensity", "bf"))
+    if cepstral and lattice is not None:  # no disks to show: those that the lattice predicts stand for them
+        qy, qx = _sites(lattice, patterns.shape[1:], qy.shape[1])
     return _Found(qy, qx, height, bf, lattice, why, seconds, int(values["truncated"].sum()))
+
+
+def _sites(lattice: xr.Dataset, frame: tuple[int, ...], count: int) -> tuple[Array, Array]:
+    """Sites (n, count) of each lattice within the frame, nearest to its origin first, NaN-padded."""
+    h, k = (v.ravel() for v in np.mgrid[-6:7, -6:7])
+    table = np.stack([lattice[p].values.ravel() for p in schema.LATTICE_PARAMETERS], axis=-1)
+    at = table[:, None, :2] + h[:, None] * table[:, None, 2:4] + k[:, None] * table[:, None, 4:]
+    inside = ((at >= 0) & (at <= np.array(frame) - 1)).all(-1)
+    distance = np.where(inside, np.linalg.norm(at - table[:, None, :2], axis=-1), np.inf)
+    order = np.argsort(distance, axis=1)[:, :count]
+    chosen = np.take_along_axis(np.where(inside[..., None], at, np.nan), order[..., None], axis=1)
+    pad = ((0, 0), (0, max(0, count - chosen.shape[1])), (0, 0))
+    chosen = np.pad(chosen, pad, constant_values=np.nan)
+    return chosen[..., 0], chosen[..., 1]
 
 
 def _facts(
@@ -303,12 +326,20 @@ def _lines(
             f"{100 * facts['share_on_lattice']:.0f} % of all peaks are on it"
         )
     peaks = facts["n_peaks"]
-    method = "FCU-Net" if config.detection.method == "fcunet" else "correlation"
+    method = METHODS[config.detection.method]
     rate = facts["patterns_per_s"]
     lines.append(
         f"  detect    {method}: {min(peaks)} to {max(peaks)} peaks in {len(peaks)} patterns | "
         f"{rate:.3g} patterns/s in this process, the scan in about {_duration(ny * nx / rate)}"
     )
+    if (
+        config.detection.method == "cepstral"
+        and measured.probe_radius_px > 0.25 * measured.nearest_spacing_px
+    ):
+        lines.append(
+            "  note      the cepstrum wants disks smaller than a quarter of their distance; these are "
+            f"{measured.probe_radius_px:.1f} px at {measured.nearest_spacing_px:.1f} px"
+        )
     if facts["n_truncated"]:
         lines.append(
             f"  note      {facts['n_truncated']} of {len(found.qy)} patterns have more than "

@@ -16,6 +16,7 @@ import xarray as xr
 
 from . import plot, schema
 from .calibration import Calibration
+from .cepstral import in_real_space
 from .config import Config
 from .pipeline import compare_with_truth
 from .preview import preview
@@ -208,7 +209,11 @@ def _number(value: float, form: str = ".3g", unit: str = "") -> str:
 def _byline(run: _Run) -> str:
     parts = [f"fcunet {run.attrs.get('fcunet_version', '')}".strip(), run.attrs.get("created", "")]
     method = run.config.detection.method if run.config else None
-    found = {"fcunet": "detector FCU-Net", "correlation": "detector correlation"}.get(method or "", "")
+    found = {
+        "fcunet": "detector FCU-Net",
+        "correlation": "detector correlation",
+        "cepstral": "cepstral, no disks",
+    }.get(method or "", "")
     if elsewhere := run.attrs.get("peaks_from"):
         found = f"peaks from {elsewhere} ({run.attrs.get('source_format', 'found elsewhere')})"
     parts.append(found)
@@ -350,7 +355,9 @@ def _detection(run: _Run) -> str:
     # spread over both axes: steps along the golden section
     at = sorted({(int((0.5 + k) * ny / count) % ny, int(nx * ((0.5 + 0.618 * k) % 1))) for k in range(count)})
     radius = run.calibration.probe_radius_px if run.calibration else 4.0
-    peaks = open_peaks(peaks_path)
+    peaks: xr.Dataset | None = open_peaks(peaks_path)
+    if peaks is not None and in_real_space(peaks):
+        peaks = None  # those are no disks
     reach = run.lattice.attrs.get("max_peak_spacing_px")
     return _picture(
         run,

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from . import schema
+from .cepstral import in_real_space
 from .config import Config, StrainConfig
 from .datacube import coordinate
 from .kernels.lattice import NoLatticeError
@@ -46,7 +47,9 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     patterns = dict(zip(("mean", "maximum"), finish_patterns(out / PEAKS), strict=True)) if found_here else {}
     status = peaks["status"].values
     calibration = load_calibration(out / PEAKS) if found_here else None
-    if calibration is not None and (calibration.origin_stored is not None or calibration.descan_px > 1):
+    if calibration is not None and (
+        calibration.origin_stored is not None or calibration.descan_px > 1 or in_real_space(peaks)
+    ):
         for i, name in enumerate(("origin_qy", "origin_qx")):
             peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
     with dask.config.set(

@@ -35,6 +35,7 @@ from distributed import Client
 from . import __version__, schema
 from .calibrate import calibrate
 from .calibration import Calibration
+from .cepstral import REAL_SPACE
 from .cluster import connect, job_script, report_health
 from .config import Config
 from .dashboard import RunPageFeed, page_link
@@ -43,6 +44,7 @@ from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
 from .nn.weights import resolve_weights
+from .pipeline import INTENSITY_ATTRS
 from .progress import Progress, duration
 from .provenance import input_fingerprint, provenance
 from .results import analyse, public_settings
@@ -296,10 +298,9 @@ def _prepare(plan: _Run) -> Calibration:
             "config_json": json.dumps(public_settings(plan.config)),
             "input_title": plan.datacube.attrs.get("title", plan.store.stem),
             "weights_name": plan.weights.name if plan.weights else None,
-            "intensity_meaning": "structure factor magnitude |V_g|"
-            if network
-            else "height of the correlation",
+            "intensity_meaning": INTENSITY_ATTRS[plan.config.detection.method]["meaning"],
             "intensity_units": "V" if network else None,
+            "space": REAL_SPACE if plan.config.detection.method == "cepstral" else None,
             "run_id": _run_id(plan),
             "input_samples": _sample_digests(plan.datacube),
             "region": list(plan.config.region) if plan.config.region else None,

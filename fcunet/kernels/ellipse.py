@@ -96,8 +96,10 @@ def undistort_lattice(
     """
     inverse = np.linalg.inv(ellipse.matrix)
     if covariance is not None:
-        turn = np.kron(np.eye(3), inverse)
-        covariance = turn @ covariance @ turn.T
+        # vector by vector: where the origin is unknown, g1 and g2 need not be
+        blocks = np.asarray(covariance, dtype=float).reshape(*np.shape(covariance)[:-2], 3, 2, 3, 2)
+        blocks = np.einsum("ik,...akbl,jl->...aibj", inverse, blocks, inverse)
+        covariance = blocks.reshape(np.shape(covariance))
     return np.asarray(g, dtype=float) @ inverse.T, covariance
 
 

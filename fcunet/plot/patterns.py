@@ -232,15 +232,18 @@ def bragg_vector_map(
     data = (
         results if isinstance(results, xr.DataArray) else group_of(results, "diffraction")["bragg_vector_map"]
     )
+    name = "Bragg vector map"
     if isinstance(results, xr.DataTree) and "lattice" in results.children:
         attrs = results["lattice"].dataset.attrs
-        basis = attrs.get("basis_px") if basis is None else basis
-        origin = attrs.get("origin_px") if origin is None else origin
+        prefix = "cepstral_" if "cepstral_basis_px" in attrs else ""
+        name = "peaks of the cepstra" if prefix else name
+        basis = attrs.get(prefix + "basis_px") if basis is None else basis
+        origin = attrs.get(prefix + "origin_px") if origin is None else origin
     image = np.asarray(data.values, dtype=float)
     figure = new_figure(4.4, 4.4 * image.shape[0] / image.shape[1] + 0.3)
     ax = figure.add_subplot()
     show_pattern(ax, image, power=0.25, cmap="magma")
-    ax.set_title("Bragg vector map (fourth root)")
+    ax.set_title(f"{name} (fourth root)")
     if basis is not None:
         g = np.asarray(basis, dtype=float)
         start = np.asarray(origin, dtype=float) if origin is not None else (np.array(image.shape) - 1) / 2
