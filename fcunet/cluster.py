@@ -99,18 +99,31 @@ class WorkerSetup(WorkerPlugin):
 
         # Dask threads times zarr's own concurrency (10 by default) would overrun the cores of the job
         zarr.config.set({"async.concurrency": 4, "threading.max_workers": 4})
+        news: list[tuple[int, str]] = []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if self.pin_devices:
-            device = visible_device(str(worker.name), os.environ.get("CUDA_VISIBLE_DEVICES"))
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
-            logger.info("worker %s uses GPU %s", worker.name, device)
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(str(worker.name), visible)
+            visible = os.environ["CUDA_VISIBLE_DEVICES"]
+            news.append((logging.INFO, f"worker {worker.name} uses GPU {visible}"))
         if self.expect_gpu:
             import torch
 
             if not torch.cuda.is_available():
-                logger.error(
-                    "worker %s on %s was to use a GPU but sees none (CUDA_VISIBLE_DEVICES=%s)",
-                    worker.name, socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
-                )  # fmt: skip
+                text = (
+                    f"worker {worker.name} on {socket.gethostname()} was to use a GPU but sees none "
+                    f"(CUDA_VISIBLE_DEVICES={visible or 'not set'})"
+                )
+                news.append((logging.ERROR, text))
+        _say_once_running(worker, news)
+
+
+def _say_once_running(worker: Any, news: list[tuple[int, str]]) -> None:
+    """Log when the worker has registered: only then does the driver hear of it."""
+    if worker.status != Status.running and worker.status not in (Status.closed, Status.closing):
+        worker.loop.call_later(0.5, _say_once_running, worker, news)
+        return
+    for level, text in news:
+        logger.log(level, text)
 
 
 def visible_device(worker_name: str, visible: str | None) -> str:
@@ -343,6 +356,9 @@ def _slurm(
             yield client, JobWatch(cluster, profile.settings)
     finally:
         cluster.close()
+        for name, value in vars(cluster).items():  # the keys on disk would last as long as the object
+            if name.startswith("_job_") and hasattr(value, "close"):
+                value.close()
 
 
 @contextmanager

@@ -13,8 +13,10 @@ import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +36,7 @@ _REFUSALS = {
     "account": ("account", "sacctmgr show assoc user=$USER format=account%30,partition,qos"),
     "time limit": ("walltime", "sinfo -o '%P %l'"),
     "qos": ("job-extra-directives", "sacctmgr show qos format=name,maxwall"),
-    "gres|node configuration|feature|memory": (
+    "gres|node configuration|feature|mem": (
         "job-extra-directives, job-cpu or job-mem",
         "sinfo -o '%P %G %c %m %f'",
     ),
@@ -159,14 +161,19 @@ def known_job_keys() -> list[str]:
 
 
 def import_jobqueue() -> Any:
-    """`dask_jobqueue`, without the file it would leave in the user's Dask configuration."""
-    before = dask.config.PATH
+    """`dask_jobqueue`, without what importing it does: a file in the user's configuration, Ctrl-C its own.
+
+    It would answer Ctrl-C with ``sys.exit()``, and nothing would be drained.
+    """
+    before, on_interrupt = dask.config.PATH, signal.getsignal(signal.SIGINT)
     with tempfile.TemporaryDirectory() as elsewhere:
         dask.config.PATH = elsewhere
         try:
             import dask_jobqueue
         finally:
             dask.config.PATH = before
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)
     return dask_jobqueue
 
 
@@ -180,6 +187,8 @@ def build_cluster(
     arguments.setdefault("processes", max(1, gpus))
     arguments.setdefault("log_directory", str(Path(log_directory or "fcunet-jobs").resolve()))
     arguments.setdefault("death_timeout", 300)
+    if arguments.get("job_mem"):  # SLURM writes GiB as G
+        arguments["job_mem"] = str(arguments["job_mem"]).removesuffix("iB")
     # pages and metrics of a worker: on its own node only, unless the profile says otherwise
     extra = list(arguments.get("worker_extra_args") or [])
     if not any("dashboard" in str(argument) for argument in extra):
@@ -208,9 +217,12 @@ def build_cluster(
 
 def _first_cause(err: BaseException) -> str:
     """Dask wraps what went wrong (a port that is taken, say) in an error that does not say it."""
-    while err.__cause__ is not None:
-        err = err.__cause__
-    if isinstance(err, OSError) and err.errno == errno.EADDRINUSE:
+    chain = [err]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    taken = next((e for e in chain if isinstance(e, OSError) and e.errno == errno.EADDRINUSE), None)
+    err = taken or chain[-1]
+    if taken:
         return f"{err}; choose another port below scheduler-options, or none: any free one is taken then"
     return str(err)
 

@@ -63,7 +63,7 @@ class JobWatch:
             When jobs end or hang before their workers register, or will never start, and no worker is left;
             and when jobs come and go, and nothing is done.
         """
-        if progress > self._progress:
+        if progress != self._progress:
             self._progress, self._lost = progress, 0
         now = time.monotonic()
         if now - self._asked < _ASK_EVERY_S:

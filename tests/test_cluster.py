@@ -214,7 +214,7 @@ def test_job_script__asks_for_one_gpu_and_one_worker(tmp_path):
         "#SBATCH --cpus-per-task=8",
     ):
         assert line in script
-    assert "#SBATCH --mem=32G" in script
+    assert "#SBATCH --mem=32G\n" in script
     assert "--nthreads 4 " in script
     assert "--memory-limit 24.00GiB" in script
     assert "--nworkers" not in script
@@ -391,3 +391,15 @@ def test_dask_report__opens_without_a_network_and_takes_no_run_with_it(client, t
     with dask_report(client, tmp_path / "report.html" / "below a file"):
         pass
     assert "no below a file" in caplog.text
+
+
+def test_import_jobqueue__leaves_ctrl_c_alone():
+    import subprocess
+    import sys
+
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGINT)\n"
+        "from fcunet.slurm import import_jobqueue; import_jobqueue()\n"
+        "assert signal.getsignal(signal.SIGINT) is before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -112,7 +112,7 @@ def assert_same_bytes(out: Path, other: Path) -> None:
 def assert_clean(out: Path) -> None:
     """No job, no half-written file, no lock, no key is left."""
     until(lambda: not jobs(), "an empty queue")
-    passing = ("partial", "run.lock", ".dask-jobqueue", "tls-")
+    passing = (".partial", "run.lock", ".dask-jobqueue", "tls-")
     assert [p for p in out.rglob("*") if any(word in p.name for word in passing)] == []
 
 

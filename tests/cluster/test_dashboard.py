@@ -72,7 +72,7 @@ def test_dashboard__gives_its_numbers_to_prometheus(running):
 def test_dashboard__is_open_to_this_machine_only(running):
     for info in running.scheduler_info(n_workers=-1)["workers"].values():
         assert info["host"] == "127.0.0.1"  # the interface of the profile
-    pids = {str(pid) for pid in processes(SLURM_JOB_NAME="fcunet")}
+    pids = {str(pid) for pid in processes(SLURM_JOB_NAME="dask-worker")}
     listening = subprocess.run(["ss", "-ltnpH"], check=True, capture_output=True, text=True).stdout
     ours = [line.split()[3] for line in listening.splitlines() if any(f"pid={p}," in line for p in pids)]
     assert len(ours) >= 6

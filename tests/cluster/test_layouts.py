@@ -44,9 +44,9 @@ def test_whole_node__has_a_worker_per_gpu_each_on_its_own(slurm, store, serial, 
     with connect(str(site), 4, dashboard_address="127.0.0.1:0", log_directory=tmp_path / "jobs") as client:
         client.wait_for_workers(4, timeout=120)
         seen = client.run(slow_tile.devices)
-        jobs = {job for job, _ in seen.values()}
-        assert len(jobs) == 2
-        assert sorted(seen.values()) == [(job, gpu) for job in sorted(jobs) for gpu in ("0", "1")]
+        of_jobs = {job for job, _ in seen.values()}
+        assert len(set(seen.values())) == 4
+        assert sorted(job for job, _ in seen.values()) == sorted(2 * [*of_jobs])
         # each came up knowing its device, also one that replaces another
         client.run(slow_tile.end_process, workers=[next(iter(seen))], on_error="ignore")
         until(lambda: len(client.nthreads()) == 4 and set(client.nthreads()) != set(seen), "the replacement")
@@ -169,7 +169,7 @@ def test_doctor__tries_a_job_and_names_what_differs(slurm, profile, tmp_path):
     said = finish(start([FCUNET, "doctor", "--cluster", str(site)], cwd=tmp_path))
     for line in (
         "ok   profile        site.yaml: queue gpu, walltime 00:10:00; 0 GPUs per job",
-        "slurm 22.05.8: " if "22.05.8" in said else "ok   slurm ",
+        "ok   slurm          slurm ",
         "gpu (1-00:00:00, 2 nodes, gpu:4)",
         "interface: lo; here are lo 127.0.0.1",
         "ok   preflight ",

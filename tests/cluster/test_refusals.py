@@ -43,19 +43,19 @@ def run(store, out, profile, **settings):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "match"),
+    ("keys", "match"),
     [
         ({"queue": "nowhere"}, r"(?s)Invalid partition.*Change queue .*sinfo -s.*#SBATCH -p nowhere"),
         ({"queue": "paid", "account": "chemistry"}, r"(?s)Invalid account.*Change account .*sacctmgr"),
         ({"queue": "short", "walltime": "00:30:00"}, r"(?s)time limit.*Change walltime .*sinfo"),
         ({"job-extra-directives": ["--gres=gpu:99"]}, r"(?s)not available.*Change job-extra-directives"),
-        ({"job-mem": "900GiB"}, r"(?s)(not available|[Mm]emory).*job-mem"),
+        ({"job-mem": "900GiB"}, r"(?s)not available.*Change .*job-mem"),
     ],
     ids=["partition", "account", "walltime", "gpus", "memory"],
 )
-def test_run__names_what_slurm_would_refuse(jobs, match, store, profile, tmp_path):
+def test_run__names_what_slurm_would_refuse(keys, match, store, profile, tmp_path):
     with answered_in_time(), pytest.raises(ClusterError, match=match):
-        run(store, tmp_path / "run", profile(**jobs))
+        run(store, tmp_path / "run", profile(**keys))
     assert jobs() == {}
     assert not (tmp_path / "run" / "run.lock").exists()
 
@@ -75,7 +75,7 @@ def test_run__names_a_port_that_is_taken(store, profile, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "match"),
+    ("keys", "match"),
     [
         (
             {"job-script-prologue": ["echo module not found: CUDA >&2", "exit 3"]},
@@ -88,9 +88,9 @@ def test_run__names_a_port_that_is_taken(store, profile, tmp_path):
     ],
     ids=["prologue", "python"],
 )
-def test_run__ends_with_the_log_of_a_job_whose_environment_is_missing(jobs, match, store, profile, tmp_path):
+def test_run__ends_with_the_log_of_a_job_whose_environment_is_missing(keys, match, store, profile, tmp_path):
     with answered_in_time(), pytest.raises(ClusterError, match=match):
-        run(store, tmp_path / "run", profile(**jobs))
+        run(store, tmp_path / "run", profile(**keys))
     assert_clean(tmp_path / "run")
 
 
