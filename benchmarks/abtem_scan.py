@@ -1,26 +1,16 @@
-"""A small strain scan from an independent multislice code (abTEM, GPL, optional) with exact truth.
+"""Small strain scans from an independent multislice code (abTEM, GPL, optional) with exact truth.
 
-Every column of the scan is one in-plane deformation, every row one mistilt and thickness. The crystal is
+Every column of a scan is one in-plane deformation, every row one mistilt and thickness. The crystal is
 deformed atom by atom inside a box of fixed size, so that no cell is strained to fit and the pixel size is
-exact; slices are exact Fourier sums over the atoms, the multislice is abTEM's. The default crystal, rutile
-along [001], belongs to a prototype no network of ours is trained on, and has forbidden reflections that
-double diffraction lights up.
-
-    pip install fcunet[validation]
-    python -m benchmarks.abtem_scan OUT [--crystal SnO2-rutile --zone 0,0,1 --dose 1e5]
-
-writes OUT/scan.npy (scan_y, scan_x, qy, qx; float32 shares of the incident electrons, or uint16 counts with
---dose), OUT/probe.npy, OUT/truth.npz and OUT/meta.json. About 10 s of CPU per column and mistilt.
+exact; slices are exact Fourier sums over the atoms, the multislice is abTEM's (``pip install
+fcunet[validation]``). About 12 ms of CPU per slice of 640 x 640. `benchmarks.accuracy_data` says which scans
+there are, and keeps them.
 """
-
-import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from fcunet.simulation.crystals import Crystal, load_crystal
+from fcunet.simulation.crystals import Crystal
 from fcunet.simulation.scattering import scattering_factor, zone_rotation
 
 POTENTIAL = 47.878  # V angstrom^2
@@ -106,7 +96,7 @@ def multislice(
     import abtem
 
     gpts = slices.shape[-1]
-    abtem.config.set({"precision": "float32", "fft": "numpy", "num_threads": 1})
+    abtem.config.set({"precision": "float32", "fft": "fftw", "num_threads": 1})
     unit = abtem.PotentialArray(slices, slice_thickness=period / len(slices), extent=box)
     planes = tuple(r * len(slices) - 1 for r in repeats)
     potential = abtem.CrystalPotential(unit, (1, 1, repeats[-1]), exit_planes=planes)
@@ -135,83 +125,49 @@ def random_deformations(n: int, rng: np.random.Generator) -> np.ndarray:
     return F
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--crystal", default="SnO2-rutile")
-    parser.add_argument("--zone", default="0,0,1")
-    parser.add_argument("--columns", type=int, default=8)
-    parser.add_argument("--thickness-nm", default="10,20,30")
-    parser.add_argument("--mistilt-mrad", default="0,0;2,1;-3,4")
-    parser.add_argument("--energy-kev", type=float, default=200.0)
-    parser.add_argument("--semiangle-mrad", type=float, default=1.6)
-    parser.add_argument("--box", type=float, default=80.0, help="angstrom; 1/box is the pixel size")
-    parser.add_argument("--gpts", type=int, default=640)
-    parser.add_argument("--detector", type=int, default=256)
-    parser.add_argument("--dose", type=float, default=None, help="electrons per pattern: uint16 counts")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = np.random.default_rng(options.seed)
-    crystal = load_crystal(options.crystal)
-    zone = tuple(int(v) for v in options.zone.split(","))
-    tilts = [tuple(float(v) for v in pair.split(",")) for pair in options.mistilt_mrad.split(";")]
-    depths = [float(v) for v in options.thickness_nm.split(",")]
-    F = random_deformations(options.columns, rng)
-    beam = {
-        "energy_keV": options.energy_kev,
-        "semiangle_mrad": options.semiangle_mrad,
-        "crop": options.detector,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
+def simulate_scan(
+    crystal: Crystal,
+    zone: tuple[int, int, int],
+    *,
+    tilts_mrad: list[tuple[float, float]],
+    thickness_nm: list[float],
+    columns: int,
+    energy_keV: float = 200.0,
+    semiangle_mrad: float = 1.88,
+    box: float = 80.0,
+    gpts: int = 640,
+    crop: int = 256,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Patterns of one crystal: rows are (mistilt, thickness), columns deformations.
 
-    box = (options.box, options.box)
-    empty = np.zeros((1, options.gpts, options.gpts), np.float32)
-    probe = multislice(empty, 1.0, box, [1], **beam)[0]
-    rows = [(tilt, depth) for tilt in tilts for depth in depths]
-    scan = np.zeros((len(rows), len(F), options.detector, options.detector), np.float32)
-    thickness = np.zeros((len(rows), len(F)))
+    Returns
+    -------
+    dict of ndarray
+        ``scan`` (rows, columns, crop, crop) float32 shares of the incident electrons, ``probe`` (crop, crop),
+        ``F`` (rows, columns, 2, 2), ``thickness_nm`` (rows,) as whole periods allow, ``mistilt_mrad``
+        (rows, 2).
+    """
+    F = random_deformations(columns, np.random.default_rng(seed))
+    beam = {"energy_keV": energy_keV, "semiangle_mrad": semiangle_mrad, "crop": crop}
+    sides = (box, box)
+    probe = multislice(np.zeros((1, gpts, gpts), np.float32), 1.0, sides, [1], **beam)[0]
+    rows = [(tilt, depth) for tilt in tilts_mrad for depth in thickness_nm]
+    scan = np.zeros((len(rows), columns, crop, crop), np.float32)
+    reached = np.zeros(len(rows))
     for column, deformation in enumerate(F):
-        sites, positions, period = atoms_of_one_period(crystal, zone, box, deformation)
-        slices = exact_slices(crystal, sites, positions, period, box, options.gpts, 2.0)
-        repeats = [max(1, round(10 * depth / period)) for depth in depths]
-        for t, tilt in enumerate(tilts):
-            patterns = multislice(slices, period, box, repeats, tilt_mrad=tilt, **beam)
-            for d in range(len(depths)):
-                scan[t * len(depths) + d, column] = patterns[d]
-                thickness[t * len(depths) + d, column] = repeats[d] * period / 10
-        print(f"column {column + 1} of {len(F)}", flush=True)
-    if options.dose is not None:
-        np.save(options.out / "scan.npy", rng.poisson(scan * options.dose).clip(max=65535).astype(np.uint16))
-    else:
-        np.save(options.out / "scan.npy", scan)
-    np.save(options.out / "probe.npy", probe)
-    whole = np.broadcast_to(F, (len(rows), *F.shape))
-    np.savez(
-        options.out / "truth.npz",
-        F=whole,
-        e_xx=whole[..., 1, 1] - 1,
-        e_yy=whole[..., 0, 0] - 1,
-        e_xy=(whole[..., 0, 1] + whole[..., 1, 0]) / 2,
-        theta=(whole[..., 0, 1] - whole[..., 1, 0]) / 2,
-        thickness_nm=thickness,
-        mistilt_mrad=np.array([tilt for tilt, _ in rows]),
-    )
-    meta = {
-        "crystal": crystal.name,
-        "zone": zone,
-        "beam_energy_keV": options.energy_kev,
-        "convergence_semiangle_mrad": options.semiangle_mrad,
-        "q_pixel": 1 / options.box,
-        "origin_px": [options.detector // 2, options.detector // 2],
-        "reference_region": f"0:{len(rows)},0:1",
-        "dose": options.dose,
-        "dims": ["scan_y", "scan_x", "qy", "qx"],
-        "rows": [{"mistilt_mrad": tilt, "thickness_nm": depth} for tilt, depth in rows],
+        sites, positions, period = atoms_of_one_period(crystal, zone, sides, deformation)
+        slices = exact_slices(crystal, sites, positions, period, sides, gpts, 2.0)
+        repeats = [max(1, round(10 * depth / period)) for depth in thickness_nm]
+        for t, tilt in enumerate(tilts_mrad):
+            part = slice(t * len(repeats), (t + 1) * len(repeats))
+            scan[part, column] = multislice(slices, period, sides, repeats, tilt_mrad=tilt, **beam)
+            reached[part] = np.array(repeats) * period / 10
+        print(f"  {crystal.name}: column {column + 1} of {columns}", flush=True)
+    return {
+        "scan": scan,
+        "probe": probe,
+        "F": np.broadcast_to(F, (len(rows), *F.shape)).copy(),
+        "thickness_nm": reached,
+        "mistilt_mrad": np.array([tilt for tilt, _ in rows]),
     }
-    (options.out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
