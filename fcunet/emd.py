@@ -15,6 +15,7 @@ import xarray as xr
 
 from . import schema
 from .datacube import block_grid
+from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.strain import COMPONENTS, deformation_gradient, rotate_frame, strain_from_F
 
 _RECORD = np.dtype([("qx", np.float64), ("qy", np.float64), ("intensity", np.float64)])
@@ -84,6 +85,8 @@ def py4dstem_strain(results: xr.DataTree) -> dict[str, np.ndarray]:
     g = np.stack([lattice[name].values for name in names], -1).astype(np.float64)
     g = g.reshape(*g.shape[:-1], 2, 2)
     g_ref = np.array([strain.attrs["g1_ref_px"], strain.attrs["g2_ref_px"]], dtype=np.float64)
+    ratio, angle = strain.attrs.get("ellipse_ratio", 1.0), strain.attrs.get("ellipse_angle_degree", 0.0)
+    g, g_ref = (undistort_lattice(v, None, Ellipse(float(ratio), float(angle)))[0] for v in (g, g_ref))
     F = rotate_frame(
         deformation_gradient(g, g_ref),
         float(strain.attrs.get("rotation_degree", 0.0)),

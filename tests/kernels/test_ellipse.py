@@ -67,7 +67,7 @@ def test_undistort__is_the_inverse():
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_fit_crystal__titanium_powder(rounds):
+def test_fit_crystal__titanium_powder(rounds):  # S13
     # 60 orientations, start 10 % off; the published case asks 0.2 % and 0.0015
     rings = np.unique(np.round(np.linalg.norm(hexagonal(1.2), axis=1), 6))
     fit = fit_crystal(polycrystal(60, noise=0.002), rings, 0.011, rounds=rounds)
