@@ -42,7 +42,7 @@ class DetectionConfig(_Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="network arithmetic; auto = bf16 on CUDA"
+        "auto", description="network arithmetic; auto = bf16 where the device has it"
     )
     batch: int | None = Field(None, ge=1, description="patterns at once; None = fitted to the device")
 

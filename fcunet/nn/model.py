@@ -403,7 +403,9 @@ def brightness(patterns: Tensor) -> Tensor:
     Close to the level of the brightest disk, independent of frame size and position, and hardly moved by a
     hot pixel.
     """
-    smooth = F.avg_pool2d(patterns[:, None], 3, stride=1, padding=1)[:, 0]
+    framed = F.pad(patterns, (1, 1, 1, 1))  # sums of shifted images: avg_pool2d takes 5 ms for 256 x 256
+    lines = framed[:, :-2] + framed[:, 1:-1] + framed[:, 2:]
+    smooth = (lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:]) / 9
     return smooth.square().sum(dim=(-2, -1)) / smooth.sum(dim=(-2, -1)).clamp_min(1e-30)
 
 

