@@ -114,13 +114,13 @@ class WorkerSetup(WorkerPlugin):
                     f"(CUDA_VISIBLE_DEVICES={visible or 'not set'})"
                 )
                 news.append((logging.ERROR, text))
-        _say_once_running(worker, news)
+        _say_when_heard(worker, news)
 
 
-def _say_once_running(worker: Any, news: list[tuple[int, str]]) -> None:
-    """Log when the worker has registered: only then does the driver hear of it."""
-    if worker.status != Status.running and worker.status not in (Status.closed, Status.closing):
-        worker.loop.call_later(0.5, _say_once_running, worker, news)
+def _say_when_heard(worker: Any, news: list[tuple[int, str]], tries: int = 40) -> None:
+    """Log as soon as what is logged here reaches the driver, which it does once the worker has registered."""
+    if tries and news and not logging.getLogger("fcunet").handlers:
+        worker.loop.call_later(0.25, _say_when_heard, worker, news, tries - 1)
         return
     for level, text in news:
         logger.log(level, text)
