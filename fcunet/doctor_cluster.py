@@ -68,7 +68,7 @@ def _partitions() -> Check:
     words = ask_slurm("sinfo", "--version").strip()
     rows = ask_slurm("sinfo", "--noheader", "--format", "%P|%l|%D|%G|%a").splitlines()
     listed = [
-        f"{name} ({limit}, {nodes} nodes{'' if gres == '(null)' else ', ' + gres})"
+        f"{name.rstrip('*')} ({limit}, {nodes} nodes{'' if gres == '(null)' else ', ' + gres})"
         for name, limit, nodes, gres, state in (row.split("|") for row in rows if row.count("|") == 4)
         if state == "up"
     ]

@@ -169,7 +169,7 @@ def test_doctor__tries_a_job_and_names_what_differs(slurm, profile, tmp_path):
     said = finish(start([FCUNET, "doctor", "--cluster", str(site)], cwd=tmp_path))
     for line in (
         "ok   profile        site.yaml: queue gpu, walltime 00:10:00; 0 GPUs per job",
-        "ok   slurm          slurm ",
+        "ok   slurm          slurm",
         "gpu (1-00:00:00, 2 nodes, gpu:4)",
         "interface: lo; here are lo 127.0.0.1",
         "ok   preflight ",
