@@ -14,12 +14,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
-from . import schema
+from . import accessor, schema
 from .blocks import BlockCalibration, process_block, weighted_sums
 from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
 from .pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
+
+_ = accessor  # importing it puts .fcunet on datasets and trees
 
 __all__ = [
     "bragg_vector_map",

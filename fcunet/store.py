@@ -22,7 +22,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from . import schema
+from . import accessor, schema
 from .datacube import (
     DamagedBlockError,
     DatacubeWriter,
@@ -37,6 +37,8 @@ from .datacube import (
 from .layout import BlockGrid, Layout, check_blocks, plan_layout
 from .provenance import to_json
 from .zarrfolder import FLOAT_CODEC, existing, open_array, put_array, replace_folder, root_attrs
+
+_ = accessor  # importing it puts .fcunet on datasets and trees
 
 __all__ = [
     "BlockGrid",
