@@ -104,6 +104,10 @@ class LatticeConfig(_Section):
         "sigma", description="weights of the peaks in the fit"
     )
     robust: bool = Field(True, description="down-weight outliers (iterated Tukey weights)")
+    fit_origin: bool = Field(True, description="fit the origin of each position; no: as measured")
+    max_strain: float = Field(0.1, gt=0, description="a lattice strained by more is another one")
+    max_rotation_degree: float = Field(10.0, gt=0, description="a lattice turned by more is another one")
+    max_orientations: int = Field(12, ge=1, description="different lattices looked for; 1 = one crystal")
 
     @field_validator("basis", mode="before")
     @classmethod
@@ -114,8 +118,10 @@ class LatticeConfig(_Section):
 class StrainConfig(_Section):
     """What the strain is relative to, and how it is expressed."""
 
-    reference: Literal["median"] | Region | Vectors = Field(
-        "median", description="median (whole scan), Y0:Y1,X0:X1 (scan region), or g1_y,g1_x,g2_y,g2_x in px"
+    reference: Literal["median", "robust_median", "weighted_median", "grain"] | Region | Vectors = Field(
+        "median",
+        description="median, robust_median, weighted_median (whole scan), grain, "
+        "Y0:Y1,X0:X1 (scan region), or g1_y,g1_x,g2_y,g2_x in px",
     )
     measure: Literal["infinitesimal", "biot", "green_lagrange", "hencky"] = "infinitesimal"
     convention: Literal["fcunet", "py4dstem", "pyxem", "quantem"] = "fcunet"
@@ -126,7 +132,7 @@ class StrainConfig(_Section):
     @field_validator("reference", mode="before")
     @classmethod
     def _parse_region(cls, value: Any) -> Any:
-        if not isinstance(value, str) or value == "median":
+        if not isinstance(value, str) or value in ("median", "robust_median", "weighted_median", "grain"):
             return value
         return parse_region(value) if ":" in value else parse_vectors(value)
 

@@ -12,25 +12,28 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from . import cepstral, schema
 from .kernels import lattice as kernel
 from .kernels.ellipse import Ellipse, undistort_lattice
+from .kernels.lattice_several import find_lattices, fit_lattices
 from .kernels.strain import (
     COMPONENTS,
     Convention,
     Measure,
     deformation_gradient,
+    principal_strains,
     rotate_frame,
     strain_from_F,
     strain_std,
 )
+from .pipeline_reference import find_grains, find_references, lattice_numbers
 
 Array = NDArray[np.float64]
 
 _SAMPLE_BLOCKS, _SAMPLE_PATTERNS = 36, 2048
 _VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
+_PRINCIPAL = ("e_1", "e_2", "principal_angle", "dilation", "max_shear")
 
 
 def fit_lattice(
@@ -40,8 +43,12 @@ def fit_lattice(
     origin: ArrayLike | None = None,
     weighting: kernel.Weighting = "sigma",
     robust: bool = True,
+    fit_origin: bool = True,
     max_peak_spacing: float | None = None,
     min_num_peaks: int = 5,
+    max_strain: float = 0.1,
+    max_rotation_degree: float = 10.0,
+    max_orientations: int = 12,
 ) -> xr.Dataset:
     """Lattice of every scan position.
 
@@ -55,15 +62,18 @@ def fit_lattice(
     origin : array_like, shape (2,), optional
         Approximate (y, x) of the direct beam in px, to half a lattice vector. None: `origin_qy`, `origin_qx`
         of `peaks`, else the site with most intensity in a sample of the peaks.
-    weighting, robust, max_peak_spacing, min_num_peaks
+    weighting, robust, fit_origin, max_peak_spacing, min_num_peaks, max_strain, max_rotation_degree
         As for :func:`fcunet.kernels.lattice.fit_lattice`.
+    max_orientations : int
+        Without `basis`, at most so many different lattices (grains, phases) are looked for; each position
+        gets the one that describes its peaks best, numbered in `lattice_id`. 1: a single crystal.
 
     Returns
     -------
     Dataset
         `origin_qy, origin_qx, g1_qy, g1_qx, g2_qy, g2_qx` (scan_y, scan_x) float64 px, their `covariance`
-        (.., parameter, parameter2) px^2, `fit_error` px and `n_indexed`. NaN, and 0, where there is no
-        lattice. What was chosen or found is in the attributes.
+        (.., parameter, parameter2) px^2, `fit_error` px, `n_indexed`, `score` and `lattice_id`.
+        NaN, and 0, where there is no lattice. What was chosen or found is in the attributes.
 
     Raises
     ------
@@ -83,7 +93,8 @@ def fit_lattice(
             min_num_peaks=min_num_peaks,
         )
         return cepstral.to_reciprocal(fitted, peaks)
-    found = _common_lattice(peaks, basis, origin)
+    bases = _common_lattices(peaks, basis, origin, max_orientations, int(min_num_peaks))
+    found = bases[0]
     arrays = [peaks["peak_qy"], peaks["peak_qx"]]
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
     arrays += [peaks[name] for name in optional]
@@ -97,6 +108,9 @@ def fit_lattice(
         "robust": bool(robust),
         "max_peak_spacing": max_peak_spacing,
         "min_num_peaks": int(min_num_peaks),
+        "fit_origin": bool(fit_origin),
+        "max_strain": float(max_strain),
+        "max_rotation_degree": float(max_rotation_degree),
     }
     # the options are checked now, not when the first block is computed
     nothing = np.full((1, 1), np.nan)
@@ -105,14 +119,14 @@ def fit_lattice(
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
-        kwargs={"optional": optional, "basis": found, "options": options},
+        kwargs={"optional": optional, "bases": bases, "options": options},
         input_core_dims=core,
-        output_core_dims=[[]] * 6 + [["parameter", "parameter2"], [], []],
+        output_core_dims=[[]] * 6 + [["parameter", "parameter2"], [], [], [], []],
         dask="parallelized",
-        output_dtypes=[np.float64] * 6 + [np.float32, np.float32, np.int16],
+        output_dtypes=[np.float64] * 6 + [np.float32, np.float32, np.int16, np.float32, np.uint8],
         dask_gufunc_kwargs={"output_sizes": {"parameter": 6, "parameter2": 6}},
     )
-    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed")
+    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed", "score", "lattice_id")
     lattice = xr.Dataset(
         {
             name: array.assign_attrs(schema.LATTICE[name].attrs)
@@ -123,6 +137,7 @@ def fit_lattice(
     lattice["covariance"].attrs["parameters"] = " ".join(schema.LATTICE_PARAMETERS)
     lattice.attrs = {
         "basis_px": found.g.tolist(),
+        "bases_px": [basis.g.tolist() for basis in bases],
         "basis_source": "found from the peaks" if basis is None else "given",
         "origin_px": found.origin.tolist(),
         "weighting": weighting if weighting != "sigma" or "peak_sigma" in peaks else "uniform",
@@ -155,8 +170,12 @@ def compute_strain(
     lattice : Dataset
         From :func:`fit_lattice`. In memory or lazy; g1 and g2 are read now unless `reference` holds vectors.
     reference : str, 4 integers, or array_like of shape (2, 2)
-        ``"median"``: median of g1 and g2, component by component, over all positions; (y0, y1, x0, x1): over
-        that part of the scan; ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken
+        ``"median"``: median of g1 and g2, component by component, over all positions of a lattice;
+        ``"robust_median"``: the same without positions more than three standard deviations off it, again and
+        again; ``"weighted_median"``: each position counts by the inverse of its variance; ``"grain"``: of
+        each grain on its own (NaN where a grain has fewer than 4 positions); (y0, y1, x0, x1): over that part
+        of the scan, or all positions of a lattice that is not there;
+        ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken
         as exact.
     measure, convention
         As for :func:`fcunet.kernels.strain.strain_from_F`.
@@ -180,12 +199,18 @@ def compute_strain(
         If the reference has no valid position, no area, or is another lattice; for unknown options.
     """
     schema.check_variables(lattice, schema.LATTICE, required=_VECTORS, where="lattice")
-    g_ref, reference_covariance, description = _reference(lattice, reference)
+    grain = find_grains(lattice)
+    by_grain = isinstance(reference, str) and reference == "grain"
+    member = grain if by_grain else lattice_numbers(lattice)
+    references = find_references(lattice, reference, member)
     ellipse = Ellipse(
         float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
     )
-    measured_ref = g_ref
-    g_ref, reference_covariance = undistort_lattice(g_ref, reference_covariance, ellipse)
+    measured_ref, _, description = references[min(references)]
+    flat = {
+        number: undistort_lattice(vectors, covariance, ellipse)
+        for number, (vectors, covariance, _) in references.items()
+    }
     if transpose is None:
         transpose = bool(lattice.attrs.get("scan_transposed", False))
     frame = "detector" if rotation_degree is None and not transpose else "scan"
@@ -198,19 +223,21 @@ def compute_strain(
         "transpose": bool(transpose),
     }
     strain_from_F(np.eye(2), measure, convention)  # refuses unknown names before the first block is computed
-    deformation_gradient(g_ref, g_ref)
+    for vectors, _ in flat.values():
+        deformation_gradient(vectors, vectors)
     covariance = lattice.get("covariance")
-    arrays = [lattice[name] for name in _VECTORS] + ([] if covariance is None else [covariance])
+    if lattice["g1_qy"].chunks is not None:
+        member = member.chunk(dict(zip(schema.SCAN_DIMS, lattice["g1_qy"].chunks, strict=True)))
+    arrays = [*(lattice[name] for name in _VECTORS), member] + ([] if covariance is None else [covariance])
     results = xr.apply_ufunc(
         _strain_block,
         *arrays,
         kwargs={
-            "g_ref": g_ref,
-            "reference_covariance": reference_covariance,
+            "references": flat,
             "options": options,
             "ellipse": ellipse,
         },
-        input_core_dims=[[]] * 4 + ([] if covariance is None else [["parameter", "parameter2"]]),
+        input_core_dims=[[]] * 5 + ([] if covariance is None else [["parameter", "parameter2"]]),
         output_core_dims=[[]] * 8 + [["row", "column"]],
         dask="parallelized",
         output_dtypes=[np.float64] * 4 + [np.float32] * 4 + [np.float64],
@@ -225,10 +252,21 @@ def compute_strain(
     )
     strain = _with_coordinates_of(lattice, strain)
     strain["valid"] = strain["e_xx"].notnull().assign_attrs(schema.STRAIN["valid"].attrs)
-    strain["grain"] = _label(strain["valid"])
+    strain["grain"] = grain.where(strain["valid"] | by_grain, 0).astype(np.int32)
     strain["grain"].attrs = schema.STRAIN["grain"].attrs | {
-        "method": "connected regions of valid positions; orientation is not considered"
+        "method": "connected positions of one lattice, neighbours within 2 degrees; the largest is 1"
     }
+    principal = xr.apply_ufunc(
+        _principal_block,
+        results[-1],
+        kwargs={"options": options},
+        input_core_dims=[["row", "column"]],
+        output_core_dims=[[]] * 5,
+        dask="parallelized",
+        output_dtypes=[np.float32] * 5,
+    )
+    for name, array in zip(_PRINCIPAL, principal, strict=True):
+        strain[name] = array.assign_attrs(schema.STRAIN[name].attrs)
     strain["F"] = results[-1].assign_attrs(schema.LATTICE["F"].attrs | {"frame": "detector"})
     if convention in ("quantem", "pyxem"):
         strain["theta"].attrs["long_name"] = f"lattice rotation, sign as in {convention}: from +y towards +x"
@@ -380,22 +418,24 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
 
 
 def _fit_block(
-    qy: Array, qx: Array, *rest: Array, optional: Sequence[str], basis: kernel.Basis, options: dict
+    qy: Array, qx: Array, *rest: Array, optional: Sequence[str], bases: list[kernel.Basis], options: dict
 ):
     """Plain arrays in, the variables of a lattice out, in the order of :func:`fit_lattice`."""
     given = dict(zip(optional, rest, strict=False))
+    basis = bases[0]
     origin = np.stack(rest[-2:], -1) if "origin" in optional else basis.origin
     if "origin" in optional:
         origin = np.where(np.isfinite(origin), origin, basis.origin)
-    fit = kernel.fit_lattice(
+    several = fit_lattices(
         qy,
         qx,
-        g=basis.g,
+        g=[one.g for one in bases],
         origin=origin,
         sigma=given.get("peak_sigma"),
         intensity=given.get("peak_intensity"),
         **options,
     )
+    fit = several.fits[0]
     return (
         fit.origin[..., 0],
         fit.origin[..., 1],
@@ -403,23 +443,39 @@ def _fit_block(
         fit.covariance.astype(np.float32),
         fit.fit_error.astype(np.float32),
         fit.n_indexed.astype(np.int16),
+        fit.score.astype(np.float32),
+        several.lattice_id[0].astype(np.uint8),
     )
 
 
-def _strain_block(
-    *arrays: Array, g_ref: Array, reference_covariance: Array | None, options: dict, ellipse: Ellipse
-):
-    """Four vector components and maybe their covariance in; strain, its deviations and F out."""
-    g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*arrays[0].shape, 2, 2)
-    g, covariance = undistort_lattice(g, arrays[4] if len(arrays) == 5 else None, ellipse)
-    F = deformation_gradient(g, g_ref)
+def _strain_block(*arrays: Array, references: dict, options: dict, ellipse: Ellipse):
+    """Vector components, number of the reference, maybe covariance in; strain, its deviations, F out."""
+    lead = arrays[0].shape
+    g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
+    g, covariance = undistort_lattice(g, arrays[5] if len(arrays) == 6 else None, ellipse)
+    member = np.asarray(arrays[4])
+    F = np.full((*lead, 2, 2), np.nan)
+    std = {f"{name}_std": np.full(lead, np.nan) for name in COMPONENTS}
+    for number in np.unique(member):
+        if number not in references:
+            continue
+        here = member == number
+        g_ref, of_reference = references[number]
+        F[here] = deformation_gradient(g[here], g_ref)
+        if covariance is not None:
+            own = strain_std(g[here], g_ref, covariance[here], reference_covariance=of_reference, **options)
+            for name, values in own.items():
+                std[name][here] = values
     turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
     strain = strain_from_F(turned, options["measure"], options["convention"])
-    if covariance is not None:
-        std = strain_std(g, g_ref, covariance, reference_covariance=reference_covariance, **options)
-    else:
-        std = {f"{name}_std": np.full(g.shape[:-2], np.nan) for name in COMPONENTS}
     return *strain.values(), *(v.astype(np.float32) for v in std.values()), F
+
+
+def _principal_block(F: Array, *, options: dict):
+    """Principal strains of F in the frame of the strain, whatever the convention of its components."""
+    turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
+    e = strain_from_F(turned, options["measure"])
+    return tuple(v.astype(np.float32) for v in principal_strains(e["e_xx"], e["e_yy"], e["e_xy"]).values())
 
 
 def _splat_block(
@@ -429,21 +485,26 @@ def _splat_block(
     return kernel.splat_peaks(qy, qx, weight, shape, sampling=sampling)[None, None]
 
 
-def _common_lattice(peaks: xr.Dataset, basis: ArrayLike | None, origin: ArrayLike | None) -> kernel.Basis:
-    """Basis and origin as given, else found from a sample of the peaks."""
+def _common_lattices(
+    peaks: xr.Dataset, basis: ArrayLike | None, origin: ArrayLike | None, most: int, min_num_peaks: int
+) -> list[kernel.Basis]:
+    """Basis and origin as given, else all that are found in a sample of the peaks."""
     if origin is not None and np.shape(origin) != (2,):
         raise ValueError(
             f"origin has shape {np.shape(origin)}, needed is (y, x) in px; per position: origin_qy, origin_qx"
         )
     if basis is not None and origin is not None:
-        return kernel.Basis(np.asarray(origin, dtype=np.float64), np.asarray(basis, dtype=np.float64))
+        return [kernel.Basis(np.asarray(origin, dtype=np.float64), np.asarray(basis, dtype=np.float64))]
     sample = _sample(peaks)
     intensity = sample["peak_intensity"].values if "peak_intensity" in sample else None
     if origin is None and {"origin_qy", "origin_qx"} <= set(sample):
         origin = [float(sample[name].median()) for name in ("origin_qy", "origin_qx")]
         origin = origin if np.isfinite(origin).all() else None
-    return kernel.find_basis(
-        sample["peak_qy"].values, sample["peak_qx"].values, intensity, origin=origin, g=basis
+    y, x = sample["peak_qy"].values, sample["peak_qx"].values
+    if basis is not None:
+        return [kernel.find_basis(y, x, intensity, origin=origin, g=basis)]
+    return find_lattices(
+        y, x, intensity, origin=origin, max_orientations=int(most), min_num_peaks=min_num_peaks
     )
 
 
@@ -462,67 +523,6 @@ def _sample(peaks: xr.Dataset) -> xr.Dataset:
     # both axes thinned alike until about the wanted number is left; the kernel takes an even choice of those
     thin = max(1, int((len(index[0]) * len(index[1]) / (4 * _SAMPLE_PATTERNS)) ** 0.5))
     return peaks.isel(scan_y=index[0][::thin], scan_x=index[1][::thin]).compute()
-
-
-def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, Array | None, str]:
-    """Reference vectors (2, 2), their covariance (6, 6), and where they come from."""
-    if isinstance(reference, str) and reference != "median":
-        raise ValueError(
-            f"reference is {reference!r}; use 'median', a region (y0, y1, x0, x1), "
-            "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px"
-        )
-    if not isinstance(reference, str) and np.shape(reference) == (2, 2):
-        vectors = np.asarray(reference, dtype=np.float64)
-        basis = np.asarray(lattice.attrs.get("basis_px", vectors), dtype=np.float64)
-        indices = np.rint(vectors @ np.linalg.inv(basis))  # the same lattice may be given by other vectors
-        off = np.abs(vectors @ np.linalg.inv(basis) - indices).max()
-        if not off < 0.25 or abs(np.linalg.det(indices)) < 0.5:
-            raise ValueError(
-                f"the reference {vectors.tolist()} px is not the lattice that was fitted, "
-                f"{np.round(basis, 2).tolist()} px, strained; give vectors of that lattice, or fit with "
-                "basis= the reference"
-            )
-        return np.linalg.inv(indices) @ vectors, None, "given vectors"
-    part, where = lattice, "all positions"
-    if not isinstance(reference, str):
-        if np.shape(reference) != (4,):
-            raise ValueError(
-                f"reference has shape {np.shape(reference)}; use (y0, y1, x0, x1), "
-                "or ((g1_y, g1_x), (g2_y, g2_x))"
-            )
-        y0, y1, x0, x1 = (int(v) for v in np.asarray(reference))
-        ny, nx = lattice.sizes["scan_y"], lattice.sizes["scan_x"]
-        if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
-            raise ValueError(
-                f"reference region {y0}:{y1},{x0}:{x1} is not inside the scan of {ny} x {nx} positions"
-            )
-        part, where = lattice.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
-    g = np.stack([part[name].values for name in _VECTORS], -1).reshape(-1, 4)
-    n = int(np.isfinite(g).all(1).sum())
-    if not n:
-        raise ValueError(
-            f"no position of the reference ({where}) has a lattice; choose another region: "
-            "reference=(y0, y1, x0, x1)"
-        )
-    covariance = None
-    if "covariance" in part:
-        # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
-        mean = part["covariance"].mean(schema.SCAN_DIMS, skipna=True, dtype=np.float64).values
-        covariance = np.nan_to_num(mean) * (1.0 if n < 3 else np.pi / 2) / n
-    return np.nanmedian(g, axis=0).reshape(2, 2), covariance, f"median of {n} of {len(g)} positions, {where}"
-
-
-def _label(valid: xr.DataArray) -> xr.DataArray:
-    """Connected regions of `valid`, numbered from 1; neighbours share a side."""
-    whole = valid.chunk(dict.fromkeys(schema.SCAN_DIMS, -1)) if valid.chunks is not None else valid
-    return xr.apply_ufunc(
-        lambda mask: ndimage.label(mask)[0].astype(np.int32),
-        whole,
-        input_core_dims=[schema.SCAN_DIMS],
-        output_core_dims=[schema.SCAN_DIMS],
-        dask="parallelized",
-        output_dtypes=[np.int32],
-    )
 
 
 def _with_coordinates_of(source: xr.Dataset, target: xr.Dataset) -> xr.Dataset:

@@ -128,6 +128,11 @@ STRAIN = _table(
     ),
     Variable("valid", SCAN_DIMS, "b", None, "a lattice was found here"),
     Variable("grain", SCAN_DIMS, "iu", None, "grain label, 0 where there is no lattice"),
+    Variable("e_1", SCAN_DIMS, "f", "1", "larger principal strain"),
+    Variable("e_2", SCAN_DIMS, "f", "1", "smaller principal strain"),
+    Variable("principal_angle", SCAN_DIMS, "f", "rad", "direction of e_1, from +x towards +y"),
+    Variable("dilation", SCAN_DIMS, "f", "1", "e_xx + e_yy"),
+    Variable("max_shear", SCAN_DIMS, "f", "1", "(e_1 - e_2) / 2"),
 )
 
 # `covariance` is that of (origin_qy, origin_qx, g1_qy, g1_qx, g2_qy, g2_qx), in px^2.
@@ -144,6 +149,8 @@ LATTICE = _table(
     ),
     Variable("fit_error", SCAN_DIMS, "f", UNIT_PIXEL, "rms distance of the indexed peaks from the lattice"),
     Variable("n_indexed", SCAN_DIMS, "iu", "1", "number of peaks in the lattice fit"),
+    Variable("score", SCAN_DIMS, "f", None, "gain in log-likelihood of the lattice over unrelated peaks"),
+    Variable("lattice_id", SCAN_DIMS, "iu", None, "which of the lattices of the scan, from 1; 0 for none"),
     Variable("F", (*SCAN_DIMS, "row", "column"), "f", "1", "real-space deformation gradient, axes (y, x)"),
 )
 

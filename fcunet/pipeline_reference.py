@@ -1,0 +1,160 @@
+"""What strain is relative to: the reference lattices of a scan, and its grains."""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+
+from . import schema
+from .kernels.grains import label_grains
+
+Array = NDArray[np.float64]
+
+WORDS = ("median", "robust_median", "weighted_median", "grain")
+VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
+_SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
+
+
+def lattice_numbers(lattice: xr.Dataset) -> xr.DataArray:
+    """`lattice_id`, in memory; 1 where there is a lattice in a dataset without it."""
+    if "lattice_id" in lattice:
+        return lattice["lattice_id"].compute()
+    return lattice["g1_qy"].notnull().compute().astype(np.uint8)
+
+
+def find_grains(lattice: xr.Dataset) -> xr.DataArray:
+    """Label of the grain of each position, in memory: see :func:`fcunet.kernels.grains.label_grains`."""
+    number = lattice_numbers(lattice)
+    g = np.stack([lattice[name].values for name in VECTORS], -1).reshape(*number.shape, 2, 2)
+    F = np.full(g.shape, np.nan)
+    for kind in np.unique(number.values[number.values > 0]):
+        here = number.values == kind
+        F[here] = np.linalg.inv(g[here]) @ np.nanmedian(g[here], axis=0)
+    return number.copy(data=label_grains(F, number.values)).drop_attrs()
+
+
+def find_references(
+    lattice: xr.Dataset, reference: str | ArrayLike, member: xr.DataArray
+) -> dict[int, tuple[Array, Array | None, str]]:
+    """Reference of each group of positions: vectors (2, 2), their covariance (6, 6), and their origin.
+
+    Parameters
+    ----------
+    lattice : Dataset
+        From :func:`fcunet.fit_lattice`.
+    reference
+        As for :func:`fcunet.compute_strain`.
+    member : DataArray of int
+        Group of each position: its lattice, or its grain; 0 for none.
+
+    Raises
+    ------
+    ValueError
+        If the first group has no reference, or `reference` cannot be understood.
+    """
+    if isinstance(reference, str) and reference not in WORDS:
+        raise ValueError(
+            f"reference is {reference!r}; use 'median', a region (y0, y1, x0, x1), "
+            "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px; the words are " + ", ".join(WORDS)
+        )
+    names = [n for n in (*VECTORS, "covariance") if n in lattice]
+    whole = lattice[names].compute()
+    numbers = [int(n) for n in np.unique(member.values) if n > 0]
+    found: dict[int, tuple[Array, Array | None, str]] = {}
+    for number in numbers or [1]:
+        group = member == number
+        if isinstance(reference, str) and reference == "grain" and int(group.sum()) < _SMALLEST_GRAIN:
+            continue
+        own: Any = whole.where(group) if len(numbers) > 1 else whole
+        own.attrs = dict(lattice.attrs)
+        try:
+            found[number] = _reference(own, reference)
+        except ValueError:
+            if number == min(numbers, default=1) or isinstance(reference, str):
+                raise
+            found[number] = _reference(own, "median")
+    if not found:
+        raise ValueError(
+            f"no grain has {_SMALLEST_GRAIN} positions, so none can be its own reference; "
+            "use reference='median'"
+        )
+    return found
+
+
+def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array | None, int]:
+    """Median of vectors (n, 4) in one of the senses of `word`, its covariance, and the number used."""
+    kept = np.isfinite(g).all(1)
+    middle = np.nanmedian(g, axis=0)
+    if word == "robust_median":
+        for _ in range(20):
+            scale = 1.4826 * np.median(np.abs(g[kept] - middle), axis=0)
+            near = np.isfinite(g).all(1) & (np.abs(g - middle) <= 3 * np.maximum(scale, 1e-9)).all(1)
+            if not near.any() or (near == kept).all():
+                break
+            kept, middle = near, np.median(g[near], axis=0)
+    n = int(kept.sum())
+    if covariance is None:
+        return middle.reshape(2, 2), None, n
+    own = covariance[kept]
+    if word == "weighted_median":
+        variance = np.einsum("nii->ni", own)[:, 2:]
+        weight = 1 / np.where(variance > 0, variance, np.nan)
+        if np.isfinite(weight).all():
+            middle = np.array([_weighted_median(g[kept, i], weight[:, i]) for i in range(4)])
+            mean = np.nanmean(own, axis=0) * n / (np.nanmean(variance) * np.nanmean(weight) * n)
+            return middle.reshape(2, 2), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+    # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
+    known = np.isfinite(own).all((1, 2))
+    mean = own[known].mean(axis=0) if known.any() else np.zeros((6, 6))
+    return middle.reshape(2, 2), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+
+
+def _weighted_median(values: Array, weight: Array) -> float:
+    """The value with half of the weight on either side."""
+    order = np.argsort(values)
+    total = np.cumsum(weight[order]) - weight[order] / 2
+    return float(np.interp(total[-1] / 2 + weight[order][-1] / 4, total, values[order]))
+
+
+def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, Array | None, str]:
+    """Reference vectors (2, 2), their covariance (6, 6), and their origin."""
+    if not isinstance(reference, str) and np.shape(reference) == (2, 2):
+        vectors = np.asarray(reference, dtype=np.float64)
+        basis = np.asarray(lattice.attrs.get("basis_px", vectors), dtype=np.float64)
+        indices = np.rint(vectors @ np.linalg.inv(basis))  # the same lattice may be given by other vectors
+        off = np.abs(vectors @ np.linalg.inv(basis) - indices).max()
+        if not off < 0.25 or abs(np.linalg.det(indices)) < 0.5:
+            raise ValueError(
+                f"the reference {vectors.tolist()} px is not the lattice that was fitted, "
+                f"{np.round(basis, 2).tolist()} px, strained; give vectors of that lattice, or fit with "
+                "basis= the reference"
+            )
+        return np.linalg.inv(indices) @ vectors, None, "given vectors"
+    part, where = lattice, "all positions"
+    if not isinstance(reference, str):
+        if np.shape(reference) != (4,):
+            raise ValueError(
+                f"reference has shape {np.shape(reference)}; use (y0, y1, x0, x1), "
+                "or ((g1_y, g1_x), (g2_y, g2_x))"
+            )
+        y0, y1, x0, x1 = (int(v) for v in np.asarray(reference))
+        ny, nx = lattice.sizes["scan_y"], lattice.sizes["scan_x"]
+        if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
+            raise ValueError(
+                f"reference region {y0}:{y1},{x0}:{x1} is not inside the scan of {ny} x {nx} positions"
+            )
+        part, where = lattice.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
+    g = np.stack([part[name].values for name in VECTORS], -1).reshape(-1, 4)
+    n = int(np.isfinite(g).all(1).sum())
+    if not n:
+        raise ValueError(
+            f"no position of the reference ({where}) has a lattice; choose another region: "
+            "reference=(y0, y1, x0, x1)"
+        )
+    covariance = None
+    if "covariance" in part:
+        covariance = part["covariance"].values.astype(np.float64).reshape(-1, 6, 6)
+    middle, of_middle, used = _middle(g, covariance, reference if isinstance(reference, str) else "median")
+    name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
+    return middle, of_middle, f"{name} of {used} of {len(g)} positions, {where}"
