@@ -143,7 +143,6 @@ def test_run__gives_up_only_the_block_that_takes_all_memory(
     slurm, site, store, serial, tmp_path, monkeypatch
 ):
     site.wait_for_workers(3, timeout=120)
-    before = set(jobs())
     monkeypatch.setattr(tiles, "submitted", slow_tile.hungry_tile)
     monkeypatch.setattr(site.cluster.scheduler, "allowed_failures", 1)
     out = tmp_path / "run"
@@ -153,7 +152,6 @@ def test_run__gives_up_only_the_block_that_takes_all_memory(
     assert failed_blocks(out) == [[1, 1]]
     assert np.isnan(tree["strain/e_xx"][4:8, 4:8]).all()
     assert "memory" in (out / "summary.json").read_text()
-    assert before & set(jobs())  # the nanny ended the worker, before SLURM would have ended the job
     # the same command tries that block again
     monkeypatch.setattr(tiles, "submitted", tiles.process_tile)
     runner.run(config(store, out), client=site, progress=False)
