@@ -159,6 +159,19 @@ def test_explorer__error_bars_of_the_runs_own_reference_are_those_stored(sources
         assert again[name][1] == pytest.approx(std, rel=0.1)
 
 
+def test_explorer__takes_an_elliptical_distortion_out_of_the_position_shown(sources, small_run):
+    distorted = find_sources(small_run[1])
+    for group in ("lattice", "strain"):
+        attrs = distorted.tree[group].attrs
+        attrs["ellipse_ratio"], attrs["ellipse_angle_degree"] = 1.07, 20.0
+    maps, view = Maps(distorted), View(position=(3, 7), rotation_degree=15.0)
+    at_position = maps.strain_at(view)
+    strain = maps.strain(view)
+    assert strain.attrs["ellipse_ratio"] == 1.07
+    for name, (value, _) in at_position.items():
+        assert value == pytest.approx(float(strain[name][3, 7]), abs=1e-9)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
