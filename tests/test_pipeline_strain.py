@@ -273,3 +273,43 @@ def test_compute_strain__transposition_is_found_among_the_attributes(peaks):
     strain = compute_strain(fitted, reference=G)
     np.testing.assert_allclose(strain["e_xx"], 0.01, atol=1e-9)
     assert strain.attrs["frame"] == "scan"
+
+
+def some_strained(share_columns, strain=0.01, seed=5):
+    """Unstrained but for the last columns, 0.02 px of noise on every peak."""
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    F[:, SHAPE[1] - share_columns :] *= 1 + strain
+    return fit_lattice(make_peaks(noise=0.02, seed=seed, F=F))
+
+
+def test_compute_strain__robust_median_leaves_the_strained_part_out():
+    lattice = some_strained(share_columns=4)
+    strain = compute_strain(lattice, reference="robust_median")
+    flat = strain["e_xx"][:, :6]
+    # 48 flat positions: their median is sure to 1.25 std / sqrt(48) = 0.18 std, and so is their mean
+    assert abs(float(flat.mean())) < 4 * 0.25 * float(strain["e_xx_std"].median())
+    plain = compute_strain(lattice, reference="median")["e_xx"][:, :6]
+    assert abs(float(plain.mean())) > 2 * abs(float(flat.mean()))
+
+
+def test_compute_strain__weighted_median_follows_the_sure_positions():
+    lattice = some_strained(share_columns=6)
+    unsure = xr.DataArray(np.arange(SHAPE[1]) >= SHAPE[1] - 6, dims="scan_x")
+    lattice["covariance"] = lattice["covariance"] * xr.where(unsure, 1e4, 1.0)
+    weighted = compute_strain(lattice, reference="weighted_median")["e_xx"][:, :4]
+    assert abs(float(weighted.mean())) < 1e-4  # 0.02 px on 60 peaks: 1e-4 for one position, 32 of them
+    assert float(compute_strain(lattice, reference="median")["e_xx"][:, :4].mean()) < -5e-3
+
+
+def test_compute_strain__each_grain_is_its_own_reference():
+    turn = np.deg2rad(17.0)
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    F[:, 5:] = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    F[:, 5:] *= 1.005  # a constant strain of the second grain is no strain against itself
+    lattice = fit_lattice(make_peaks(noise=0.01, seed=2, F=F))
+    strain = compute_strain(lattice, reference="grain")
+    assert sorted(np.unique(strain["grain"])) == [1, 2]
+    for number in (1, 2):
+        own = strain.where(strain["grain"] == number)
+        for name in schema.STRAIN_COMPONENTS:
+            assert abs(float(own[name].median())) < 1e-4
