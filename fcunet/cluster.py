@@ -5,6 +5,7 @@ Knows nothing of diffraction. A profile is Dask's own jobqueue YAML plus a short
 configuration.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -270,6 +271,8 @@ def job_script(profile: str | Path, log_directory: str | Path) -> str:
             return cluster.job_script().replace(folder, str(Path(log_directory).resolve()))
         finally:
             cluster.close()
+            del cluster
+            gc.collect()  # temporary certificates go before their folder does, and without a complaint
 
 
 def _local(workers: int | None, device: str, dashboard_address: str, scratch: Path) -> Iterator[Client]:

@@ -178,19 +178,16 @@ def run(
 
 
 def plan(config: Config) -> list[str]:
-    """What :func:`run` would do, in lines of text; nothing is written."""
+    """What :func:`run` would do and take, in lines of text; nothing is written.
+
+    Memory, time and output come from a trial with one block, some ten seconds: :mod:`fcunet.predict`.
+    """
+    from .predict import predict
+
     planned = _plan(config)
     lines = _describe(planned)
-    by, bx = planned.grid.block_shape
-    qy, qx = planned.datacube.sizes["qy"], planned.datacube.sizes["qx"]
-    itemsize = planned.datacube["intensity"].dtype.itemsize
-    block = by * bx * qy * qx * itemsize
-    ny, nx = planned.grid.scan_shape
-    stored = ny * nx * (planned.config.detection.max_num_peaks * 4 * 4 + 5 * 4 + 3)
-    lines.append(
-        f"  memory    {_bytes(block)} per block, up to {_bytes(3 * block + 2**30)} per worker"
-        f" | peaks store at most {_bytes(stored)}"
-    )
+    prediction = predict(planned.config)
+    lines += prediction.lines() + [f"  problem   {problem}" for problem in prediction.problems]
     if planned.peaks.exists():
         status = read_status(planned.peaks)
         done = int((status == schema.STATUS_DONE).sum())

@@ -218,6 +218,9 @@ def test_plan__says_what_would_be_done_and_writes_nothing(store, tmp_path):
     text = "\n".join(runner.plan(config(store, tmp_path / "run")))
     assert "12 x 20 scan" in text
     assert "15 blocks of 4 x 4" in text
+    assert "per worker, at most" in text  # from a trial with one block
+    assert "time      about" in text
+    assert "output" in text
     assert not (tmp_path / "run").exists()
 
 
