@@ -5,7 +5,6 @@ Knows nothing of diffraction. A profile is Dask's own jobqueue YAML plus a short
 configuration.
 """
 
-import gc
 import logging
 import os
 import shutil
@@ -27,7 +26,7 @@ from distributed.system import MEMORY_LIMIT
 from distributed.utils import get_ip_interface
 
 from .allocation import DEFAULT_JOBS, StepWatch, allocation_client
-from .slurm import Profile, ProfileSettings, build_cluster, preflight, read_profile
+from .slurm import Profile, ProfileSettings, build_cluster, close_with_keys, preflight, read_profile
 from .watch import JobWatch
 
 logger = logging.getLogger(__name__)
@@ -270,9 +269,7 @@ def job_script(profile: str | Path, log_directory: str | Path) -> str:
         try:
             return cluster.job_script().replace(folder, str(Path(log_directory).resolve()))
         finally:
-            cluster.close()
-            del cluster
-            gc.collect()  # temporary certificates go before their folder does, and without a complaint
+            close_with_keys(cluster)
 
 
 def _local(workers: int | None, device: str, dashboard_address: str, scratch: Path) -> Iterator[Client]:
@@ -358,10 +355,7 @@ def _slurm(
         with Client(cluster) as client:
             yield client, JobWatch(cluster, profile.settings)
     finally:
-        cluster.close()
-        for name, value in vars(cluster).items():  # the keys on disk would last as long as the object
-            if name.startswith("_job_") and hasattr(value, "close"):
-                value.close()
+        close_with_keys(cluster)
 
 
 @contextmanager

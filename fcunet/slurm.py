@@ -215,6 +215,14 @@ def build_cluster(
         raise ValueError(f"profile {profile.name}: {_first_cause(err)}") from err
 
 
+def close_with_keys(cluster: Any) -> None:
+    """Close a cluster, and remove its keys on disk, which would last as long as the object."""
+    cluster.close()
+    for name, value in vars(cluster).items():
+        if name.startswith("_job_") and hasattr(value, "close"):
+            value.close()
+
+
 def _first_cause(err: BaseException) -> str:
     """Dask wraps what went wrong (a port that is taken, say) in an error that does not say it."""
     chain = [err]

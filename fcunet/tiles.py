@@ -36,7 +36,7 @@ from .datacube import read_region
 from .kernels.descan import surface_at
 from .layout import BlockGrid
 from .memory import peak_rss
-from .store import block_grid, set_status, write_peaks_block
+from .store import block_grid, read_status, set_status, write_peaks_block
 from .thumbnails import ProvisionalBasis, thumbnails
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
 
@@ -194,7 +194,8 @@ def create_patterns(peaks: str | Path, n_blocks: tuple[int, int], detector_shape
 def finish_patterns(peaks: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Mean and maximum pattern of the run, float32 (qy, qx), from what the blocks left; kept with the peaks.
 
-    The blocks are added in a fixed order, so that the result does not depend on which came first.
+    The blocks are added in a fixed order, so that the result does not depend on which came first. What
+    each block added stays while there are some that failed: these may be done again.
     """
     final, folder = Path(peaks, "diffraction"), Path(peaks, _PARTIAL)
     if not final.exists():
@@ -208,7 +209,8 @@ def finish_patterns(peaks: str | Path) -> tuple[np.ndarray, np.ndarray]:
         with _nascent_group(final) as group:
             for name, pattern in (("mean", mean), ("maximum", maximum)):
                 put_array(group, name, pattern, schema.PATTERN_DIMS, schema.DIFFRACTION[name].attrs)
-    shutil.rmtree(folder, ignore_errors=True)
+    if (read_status(peaks) == schema.STATUS_DONE).all():
+        shutil.rmtree(folder, ignore_errors=True)
     return np.asarray(open_array(final, "mean")[:]), np.asarray(open_array(final, "maximum")[:])
 
 

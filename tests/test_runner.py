@@ -193,6 +193,9 @@ def test_run__isolates_a_shard_that_does_not_decode(store, client, tmp_path, cap
     shard.write_bytes(good)
     again = runner.run(config(damaged, out), client=client, progress=False)
     assert again.attrs["n_blocks_failed"] == 0
+    intensity = open_datacube(store)["intensity"].values
+    np.testing.assert_array_equal(again["diffraction/mean"], intensity.mean((0, 1)).astype(np.float32))
+    np.testing.assert_array_equal(again["diffraction/maximum"], intensity.max((0, 1)))
     assert again["strain/valid"].sum() == SCAN[0] * SCAN[1] - 1
 
 
