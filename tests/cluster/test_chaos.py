@@ -33,7 +33,7 @@ from fcunet.config import Config
 from fcunet.slurm import queue_states
 from fcunet.store import Layout, open_datacube, write_datacube
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SECONDS, PAUSE_S = 120.0, (2.0, 5.0)
 TILE_S = 1.2
