@@ -102,7 +102,7 @@ def read_profile(path: str | Path) -> Profile:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(str(p) for p in path.parent.glob("[!.]*.yaml"))
         hint = f"; there are {', '.join(near)}" if near else "; see cluster/profiles for examples"
         raise FileNotFoundError(f"there is no profile {path}{hint}")
     try:
