@@ -14,6 +14,7 @@ class DiskScan(NamedTuple):
     positions: np.ndarray  # (scan_y, scan_x, disks, 2), NaN where a disk would leave the frame
     F: np.ndarray  # (scan_y, scan_x, 2, 2) deformation gradient, axes (y, x)
     g_ref: np.ndarray  # (2, 2) rows g1, g2
+    electrons: np.ndarray  # (scan_y, scan_x, disks) expected in each disk, NaN where it would leave the frame
 
 
 def disk(shape, centre, radius_px, edge_px):
@@ -68,9 +69,12 @@ def simulate_disks(
         patterns[i, j][window] += brightness[n] * disk(
             square, positions[i, j, n] - corner, radius_px, edge_px
         )
+    share = np.where(inside, brightness, np.nan)
+    share /= np.nansum(share, axis=-1, keepdims=True)
     patterns *= electrons / patterns.sum((2, 3), keepdims=True)
     patterns += background
     if noise:
         patterns = rng.poisson(patterns)
     probe = disk(size, (size[0] // 2, size[1] // 2), radius_px, edge_px)
-    return DiskScan(patterns.astype(np.float32), probe.astype(np.float32), positions, F, g_ref)
+    images = patterns.astype(np.float32), probe.astype(np.float32)
+    return DiskScan(*images, positions, F, g_ref, electrons * share)

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import schema
 from .kernels.grains import label_grains
+from .kernels.strain import COMPONENTS, deformation_gradient, strain_from_F
 
 Array = NDArray[np.float64]
 
@@ -83,31 +84,48 @@ def find_references(
 
 
 def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array | None, int]:
-    """Median of vectors (n, 4) in one of the senses of `word`, its covariance, and the number used."""
-    kept = np.isfinite(g).all(1)
-    middle = np.nanmedian(g, axis=0)
+    """Median of vectors (n, 4) in one of the senses of `word`, its covariance, and the number used.
+
+    Medians are taken of stretch and rotation against a first guess, the median of the components: that alone
+    would be no lattice of the crystal where it is turned here and there, but a sheared and shrunken one (by
+    half an error bar at 2 degrees), and would depend on the axes.
+    """
+    first = np.nanmedian(g, axis=0).reshape(2, 2)
+    parts = strain_from_F(deformation_gradient(g.reshape(-1, 2, 2), first), "biot")
+    values = np.stack([parts[name] for name in COMPONENTS], -1)
+    kept = np.isfinite(values).all(1)
+    middle = np.median(values[kept], axis=0)
     if word == "robust_median":
         for _ in range(20):
-            scale = 1.4826 * np.median(np.abs(g[kept] - middle), axis=0)
-            near = np.isfinite(g).all(1) & (np.abs(g - middle) <= 3 * np.maximum(scale, 1e-9)).all(1)
+            scale = 1.4826 * np.median(np.abs(values[kept] - middle), axis=0)
+            with np.errstate(invalid="ignore"):
+                near = (np.abs(values - middle) <= 3 * np.maximum(scale, 1e-12)).all(1)
             if not near.any() or (near == kept).all():
                 break
-            kept, middle = near, np.median(g[near], axis=0)
+            kept, middle = near, np.median(values[near], axis=0)
     n = int(kept.sum())
-    if covariance is None:
-        return middle.reshape(2, 2), None, n
-    own = covariance[kept]
-    if word == "weighted_median":
-        variance = np.einsum("nii->ni", own)[:, 2:]
+    own = None if covariance is None else covariance[kept]
+    if own is not None and word == "weighted_median":
+        variance = np.einsum("nii->n", own[:, 2:, 2:])
         weight = 1 / np.where(variance > 0, variance, np.nan)
         if np.isfinite(weight).all():
-            middle = np.array([_weighted_median(g[kept, i], weight[:, i]) for i in range(4)])
-            mean = np.nanmean(own, axis=0) * n / (np.nanmean(variance) * np.nanmean(weight) * n)
-            return middle.reshape(2, 2), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+            middle = np.array([_weighted_median(values[kept, i], weight) for i in range(4)])
+            mean = np.nanmean(own, axis=0) / (np.nanmean(variance) * np.nanmean(weight))
+            return _deformed(first, middle), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+    if own is None:
+        return _deformed(first, middle), None, n
     # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
     known = np.isfinite(own).all((1, 2))
     mean = own[known].mean(axis=0) if known.any() else np.zeros((6, 6))
-    return middle.reshape(2, 2), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+    return _deformed(first, middle), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+
+
+def _deformed(g: Array, parts: Array) -> Array:
+    """The lattice `g` of a crystal after stretch and rotation (e_xx, e_yy, e_xy, theta; Biot)."""
+    e_xx, e_yy, e_xy, theta = parts
+    c, s = np.cos(theta), np.sin(theta)
+    stretch, back = np.array([[1 + e_yy, e_xy], [e_xy, 1 + e_xx]]), np.array([[c, -s], [s, c]])
+    return g @ np.linalg.inv(stretch) @ back
 
 
 def _weighted_median(values: Array, weight: Array) -> float:

@@ -170,7 +170,7 @@ def compute_strain(
     lattice : Dataset
         From :func:`fit_lattice`. In memory or lazy; g1 and g2 are read now unless `reference` holds vectors.
     reference : str, 4 integers, or array_like of shape (2, 2)
-        ``"median"``: median of g1 and g2, component by component, over all positions of a lattice;
+        ``"median"``: median of stretch and of rotation over all positions of a lattice;
         ``"robust_median"``: the same without positions more than three standard deviations off it, again and
         again; ``"weighted_median"``: each position counts by the inverse of its variance; ``"grain"``: of
         each grain on its own (NaN where a grain has fewer than 4 positions); (y0, y1, x0, x1): over that part

@@ -313,3 +313,15 @@ def test_compute_strain__each_grain_is_its_own_reference():
         own = strain.where(strain["grain"] == number)
         for name in schema.STRAIN_COMPONENTS:
             assert abs(float(own[name].median())) < 1e-4
+
+
+def test_compute_strain__median_reference_of_a_turning_crystal_is_an_unstrained_one():
+    angle = np.deg2rad(np.random.default_rng(0).uniform(-3, 3, SHAPE))
+    c, s = np.cos(angle), np.sin(angle)
+    F = np.stack([np.stack([c, s], -1), np.stack([-s, c], -1)], -2)  # no strain anywhere
+    lattice = fit_lattice(make_peaks(F=F), basis=G)
+    # a lattice of the crystal at any angle: medians of components would be 2e-4 to 1e-3 off
+    for reference in ("median", "robust_median", "weighted_median"):
+        strain = compute_strain(lattice, reference=reference, measure="biot")
+        for name in ("e_xx", "e_yy", "e_xy"):
+            np.testing.assert_allclose(strain[name], 0, atol=1e-9)
