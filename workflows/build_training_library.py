@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from fcunet.cluster import connect
+from fcunet.cluster import connect, report_health
+from fcunet.slurm import ClusterError
 from fcunet.training.library import LibraryPlan, build_library
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     output, cluster, workers, device = (options.pop(k) for k in ("output", "cluster", "workers", "device"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    started, before = time.monotonic(), None
+    started, before, said = time.monotonic(), None, ""
 
     def report(done: int, total: int) -> None:
         nonlocal before
@@ -47,11 +48,22 @@ def main() -> None:
         left = (time.monotonic() - started) / (done - before) * (total - done)
         logging.info("%d of %d parts, about %.0f min left", done, total, left / 60)
 
+    def waiting(note: str) -> None:
+        nonlocal said
+        if note and note != said:
+            logging.info(note)
+        said = note
+
     try:
         jobs = Path(f"{output}.jobs")  # the logs of batch jobs
         with connect(cluster, workers, device=device, log_directory=jobs) as client:
             logging.info("dashboard: %s", client.dashboard_link)
-            folder = build_library(client, output, LibraryPlan(**options), device=device, on_part=report)
+            folder = build_library(
+                client, output, LibraryPlan(**options), device=device, on_part=report,
+                on_tick=lambda workers, done: waiting(report_health(client, workers, done)),
+            )  # fmt: skip
+    except ClusterError as err:
+        sys.exit(str(err))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")
     print(f"library in {folder}")

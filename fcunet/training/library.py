@@ -9,17 +9,20 @@ the same call, and ends with what an undisturbed one would have written on the s
 
 import dataclasses
 import logging
+import math
 import os
+import queue
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import zarr
-from distributed import Client, as_completed
+from distributed import Client, Future
 
 from ..provenance import to_json
 from ..zarrfolder import FLOAT_CODEC, open_array
@@ -29,6 +32,7 @@ from .orientations import N_SPOTS, Pool, empty_pool, make_orientations, training
 logger = logging.getLogger(__name__)
 
 FORMAT = "fcunet training library"
+_TICK_S = 1.0
 _DONE = 1
 _CHUNK_BYTES = 2**20
 _DRAWN_AT_ONCE = 16
@@ -206,6 +210,7 @@ def build_library(
     *,
     device: torch.device | str = "cpu",
     on_part: Callable[[int, int], None] | None = None,
+    on_tick: Callable[[int, int], None] = lambda workers, done: None,
 ) -> Path:
     """Write all missing parts with the workers of `client`, a few per worker at a time.
 
@@ -217,6 +222,9 @@ def build_library(
         "auto": the GPU of each worker if it has one.
     on_part : callable, optional
         Called with (parts done, parts in all) after each part.
+    on_tick : callable
+        Called every second with (workers, parts done); may raise to end the build, as
+        `fcunet.cluster.report_health` does when jobs die.
 
     Raises
     ------
@@ -224,30 +232,36 @@ def build_library(
         If parts failed; all others are written by then.
     """
     folder = create_library(path, plan)
-    todo = missing_parts(folder)
+    todo = deque(missing_parts(folder))
     logger.info("%d of %d parts of %s are missing", len(todo), plan.n_parts, folder)
-    threads = max(1, sum(client.nthreads().values()))
-    waiting = iter(todo)
-
-    def submit(k: int) -> Any:
-        return client.submit(_task, str(folder.resolve()), k, str(device), pure=False, retries=2)
-
-    running = {submit(k): k for k in islice(waiting, 2 * threads)}
     done = plan.n_parts - len(todo)
+    running: dict[Future, int] = {}
+    finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
     failed: dict[int, BaseException] = {}
-    pending = as_completed(list(running))
-    for future in pending:
+    threads: dict[str, int] = {}
+    asked = -math.inf
+    while todo or running:
+        if time.monotonic() - asked > _TICK_S:  # workers come and go
+            threads, asked = client.nthreads(), time.monotonic()
+            on_tick(len(threads), done)
+        while todo and len(running) < max(2, 2 * sum(threads.values())):
+            k = todo.popleft()
+            future = client.submit(_task, str(folder.resolve()), k, str(device), pure=False, retries=2)
+            running[future] = k
+            future.add_done_callback(finished.put)
+        try:
+            future = finished.get(timeout=_TICK_S)
+        except queue.Empty:
+            continue
         k = running.pop(future)
         if future.status == "finished":
             done += 1
             if on_part:
                 on_part(done, plan.n_parts)
         else:
-            failed[k] = future.exception() or RuntimeError(future.status)
-        for following in islice(waiting, 1):
-            submitted = submit(following)
-            running[submitted] = following
-            pending.add(submitted)
+            failed[k] = (future.exception() if future.status == "error" else None) or RuntimeError(
+                future.status
+            )
     if failed:
         k, error = next(iter(failed.items()))
         raise RuntimeError(
