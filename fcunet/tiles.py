@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ _RETRIES = 2  # intermittent decompression errors are known (zarr-developers/num
 _POLL_S = 0.25
 _RESULT_TIMEOUT_S = 5.0
 _DRAIN_S = 600.0  # how long a stop waits for the blocks in flight
+_GONE = "the Dask scheduler is gone; run the same command again to continue"
 _PARTIAL = "partial"  # group in the peaks store: what each block adds to the mean and maximum pattern
 
 
@@ -329,6 +330,9 @@ class _Window:
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.flying: dict[Future, Block] = {}
         self._workers, self._slots, self._asked = 0, 0, 0.0
+        self._known: set[str] = set()
+        self._marked: set[str] = set()
+        self._need: dict[str, float] | None = None
 
     def drain(
         self,
@@ -365,9 +369,7 @@ class _Window:
                 continue
             if future.status != "error":  # cancelled or lost: the scheduler forgot it
                 if self.client.status != "running":
-                    raise ConnectionError(
-                        "the Dask scheduler is gone; run the same command again to continue"
-                    )
+                    raise ConnectionError(_GONE)
                 todo.append(block)
                 continue
             error = future.exception()
@@ -394,7 +396,10 @@ class _Window:
     def _fill(self, todo: deque[Block], per_worker: int | None, stop: threading.Event) -> None:
         now = time.monotonic()
         if now - self._asked > 2 or not self._workers:
-            threads = self.client.nthreads()
+            try:
+                threads = self._eligible(self.client.nthreads())
+            except OSError as err:  # the scheduler died while it was asked
+                raise ConnectionError(_GONE) from err
             self._workers, self._slots, self._asked = len(threads), sum(threads.values()), now
         # one more per worker than it has threads: the next tile is there when one ends
         size = max(self._workers, 1) * per_worker if per_worker else max(self._slots + self._workers, 2)
@@ -409,9 +414,28 @@ class _Window:
                 key=f"fcunet-tile-{block[0]}-{block[1]}-{uuid.uuid4().hex[:8]}",
                 retries=_RETRIES,
                 pure=False,
+                resources=self._need,
             )
             self.flying[future] = block
             future.add_done_callback(self.finished.put)
+
+    def _eligible(self, threads: Mapping[str, int]) -> dict[str, int]:
+        """Threads of the workers that blocks go to: all, unless only some have a GPU and say so.
+
+        That is a scheduler of the user's own, to which CPU workers have come too (``dask worker --resources
+        GPU=1`` marks those with a GPU). The need is given with each task: annotations do not survive Dask's
+        graph optimisation (dask/dask issue 7036).
+        """
+        if self.job.detection.device == "cpu":
+            return dict(threads)
+        if threads.keys() != self._known:
+            infos = self.client.scheduler_info(n_workers=-1)["workers"]
+            supply = {a: float(info["resources"].get("GPU", 0)) for a, info in infos.items()}
+            self._marked = {a for a, gpus in supply.items() if gpus}
+            shares = [supply[a] / infos[a]["nthreads"] for a in self._marked]  # its threads share a GPU
+            self._need = {"GPU": min(shares)} if 0 < len(shares) < len(infos) else None
+            self._known = set(threads)
+        return {a: n for a, n in threads.items() if not self._need or a in self._marked}
 
 
 _CALIBRATIONS: dict[str, Calibration] = {}

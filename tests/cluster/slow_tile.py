@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from fcunet import tiles
 
@@ -19,7 +20,7 @@ def hungry_tile(job, iy, ix):
         held = []
         while True:
             held.append(bytearray(os.urandom(1 << 20)) * 64)
-            time.sleep(0.02)
+            time.sleep(0.1)
     return _WHOLE(job, iy, ix)
 
 
@@ -39,6 +40,17 @@ def end_process():
 
 def set_go(path):
     os.environ["FCUNET_TEST_GO"] = path
+
+
+def set_pace(seconds):
+    os.environ["FCUNET_TEST_TILE_S"] = seconds
+
+
+def tracing_tile(job, iy, ix):
+    """Each block leaves a file that is named after it and the GPU it had."""
+    trace = f"{iy}-{ix}-{os.environ.get('CUDA_VISIBLE_DEVICES') or 'none'}"
+    Path(os.environ["FCUNET_TEST_TRACE"], trace).touch()
+    return _WHOLE(job, iy, ix)
 
 
 def waiting_tile(job, iy, ix):

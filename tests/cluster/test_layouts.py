@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import slow_tile
+from distributed import Client
 from lab import (
     FCUNET,
     OPTIONS,
@@ -119,20 +120,27 @@ def scheduler(slurm, tmp_path):
     """Starts a scheduler of its own, and a worker for it in a SLURM job; knows their processes."""
     running = []
 
-    def begin(name):
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    def add_worker(file, *where):
+        running.append(subprocess.Popen(
+            ["srun", *where[:-1], "--mem=2G", *CODE, "distributed.cli.dask_worker",
+             "--scheduler-file", str(file), "--nthreads", "2", "--local-directory", "/tmp",
+             "--death-timeout", "30", *where[-1]], **quiet,
+        ))  # fmt: skip
+
+    def begin(name, mixed=False):
         file = tmp_path / f"{name}.json"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running.append(subprocess.Popen(
             [*CODE, "distributed.cli.dask_scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1",
              "--port", "0", "--dashboard-address", "127.0.0.1:0"], **quiet,
         ))  # fmt: skip
         until(file.exists, "the scheduler")
-        running.append(subprocess.Popen(
-            ["srun", "-p", "gpu", "--gres=gpu:1", "--mem=2G", *CODE, "distributed.cli.dask_worker",
-             "--scheduler-file", str(file), "--nthreads", "2", "--local-directory", "/tmp",
-             "--death-timeout", "30"], **quiet,
-        ))  # fmt: skip
-        return json.loads(file.read_text())["address"], running[-2]
+        scheduler = running[-1]
+        add_worker(file, "-p", "gpu", "--gres=gpu:1", ["--resources", "GPU=1"] if mixed else [])
+        if mixed:
+            add_worker(file, "-p", "cpu", [])
+        return json.loads(file.read_text())["address"], scheduler
 
     yield begin
     for process in reversed(running):
@@ -164,13 +172,32 @@ def test_scheduler_that_runs__is_used_and_its_death_is_named(scheduler, store, s
     assert process.poll() is None  # it is not ours to end
 
 
+def test_scheduler_that_runs__gets_no_block_onto_workers_without_a_gpu(
+    scheduler, store, serial, tmp_path, monkeypatch
+):
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    monkeypatch.setenv("FCUNET_TEST_TRACE", str(trace))
+    monkeypatch.setattr(tiles, "submitted", slow_tile.tracing_tile)
+    address, _ = scheduler("mixed", mixed=True)
+    with Client(address) as client:
+        client.wait_for_workers(2, timeout=120)
+        runner.run(config(store, tmp_path / "run", device="auto"), client=client, progress=False)
+        assert len(client.nthreads()) == 2
+    # every block, and device 0 of the one job with a GPU
+    assert sorted(p.name for p in trace.iterdir()) == sorted(
+        f"{iy}-{ix}-0" for iy in range(6) for ix in range(10)
+    )
+    assert_same_bytes(tmp_path / "run", serial)
+
+
 def test_doctor__tries_a_job_and_names_what_differs(slurm, profile, tmp_path):
     site = profile(fcunet={"gpus": 0}, **{"job-extra-directives": []})
     said = finish(start([FCUNET, "doctor", "--cluster", str(site)], cwd=tmp_path))
     for line in (
         "ok   profile        site.yaml: queue gpu, walltime 00:10:00; 0 GPUs per job",
         "ok   slurm          slurm",
-        "gpu (1-00:00:00, 2 nodes, gpu:4)",
+        "gpu (1-00:00:00, 2 nodes, gpu:8)",
         "interface: lo; here are lo 127.0.0.1",
         "ok   preflight ",
         "ok   job            a worker on gpu",
