@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import dask
 import yaml
+from distributed.core import Status
 from distributed.security import Security
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ _NOT_IN_PROFILES = ("self", "scheduler", "name", "base_class_kwargs", "config_na
 _SETTINGS = ("distributed", "jobqueue", "fcunet")
 # what sbatch complains of: which key of the profile to change, and what shows the possible values
 _REFUSALS = {
-    "partition name": ("queue", "sinfo -s"),
+    "partition name|required partition": ("queue", "sinfo -s"),
     "account": ("account", "sacctmgr show assoc user=$USER format=account%30,partition,qos"),
     "time limit": ("walltime", "sinfo -o '%P %l'"),
     "qos": ("job-extra-directives", "sacctmgr show qos format=name,maxwall"),
@@ -41,6 +43,12 @@ _REFUSALS = {
         "sinfo -o '%P %G %c %m %f'",
     ),
 }
+
+
+# what clients say while the controller is away, and what sbatch says of nodes it has not heard of yet since
+_AWAY = "unable to contact|timed out|connection refused|connect failure|zero bytes|does not answer"
+_UNHEARD = "node configuration is not available"
+_PATIENCE_S, _PAUSE_S = 25.0, 1.0  # with a controller that is away as a run starts
 
 
 class ClusterError(RuntimeError):
@@ -210,9 +218,34 @@ def build_cluster(
     if "--no-requeue" not in arguments["job_extra_directives"]:  # lost jobs are submitted anew from here
         arguments["job_extra_directives"] = [*arguments["job_extra_directives"], "--no-requeue"]
     try:
-        return jobqueue.SLURMCluster(**arguments)
+        return jobqueue.SLURMCluster(job_cls=_job_class(jobqueue), **arguments)
     except (ValueError, RuntimeError) as err:
         raise ValueError(f"profile {profile.name}: {_first_cause(err)}") from err
+
+
+def _job_class(jobqueue: Any) -> type:
+    """The job of dask-jobqueue, with a memory of why it could not be submitted.
+
+    Left to itself, dask-jobqueue logs a traceback, waits for ever for the worker of a job that is none,
+    and cannot be closed. `fcunet.watch` submits such a job again, or ends the run with the reason.
+    """
+
+    class Job(jobqueue.slurm.SLURMJob):  # type: ignore[misc,name-defined]
+        refusal, refused_at = "", 0.0
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, ValueError) as err:
+                said = str(err).rpartition("stderr:")[2].strip() or str(err)
+                self.refusal, self.refused_at = said, time.monotonic()
+                self.status = Status.running  # as far as dask-jobqueue is concerned
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    return Job
 
 
 def close_with_keys(cluster: Any) -> None:
@@ -238,6 +271,8 @@ def _first_cause(err: BaseException) -> str:
 def preflight(job_script: str) -> None:
     """Ask SLURM whether it would take this job, without submitting it.
 
+    A controller that is away, or has just come back and not heard of its nodes yet, is given half a minute.
+
     Raises
     ------
     ClusterError
@@ -247,23 +282,49 @@ def preflight(job_script: str) -> None:
         raise ClusterError(
             "there is no sbatch here; run this on a login node of the cluster, or use --cluster local"
         )
+    end = time.monotonic() + _PATIENCE_S
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(job_script)
         file.flush()
-        try:
-            answer = ask_slurm("sbatch", "--test-only", file.name)
-        except subprocess.CalledProcessError as err:
-            directives = "\n".join(line for line in job_script.splitlines() if line.startswith("#SBATCH"))
-            raise ClusterError(
-                f"SLURM would refuse the jobs of this profile: {err.stderr.strip()}{_advice(err.stderr)}\n"
-                f"{directives}"
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise ClusterError("sbatch does not answer; is the SLURM controller up? Try: sinfo") from None
+        while refusal := _refusal(file.name, end - time.monotonic()):
+            if not may_pass(refusal) or time.monotonic() + _PAUSE_S > end:
+                break
+            logger.warning("SLURM is not ready (%s); trying again", refusal)
+            time.sleep(_PAUSE_S)
+    if re.search(_AWAY, refusal, re.IGNORECASE):
+        raise ClusterError(f"the SLURM controller does not answer ({refusal}); is it up? Try: sinfo")
+    if refusal:
+        directives = "\n".join(line for line in job_script.splitlines() if line.startswith("#SBATCH"))
+        raise ClusterError(
+            f"SLURM would refuse the jobs of this profile: {refusal}{advice(refusal)}\n{directives}"
+        )
+
+
+def _refusal(script: str, patience_s: float) -> str:
+    """What sbatch has against a job script; empty when it would take it."""
+    try:
+        answer = ask_slurm("sbatch", "--test-only", script, timeout=max(patience_s, 1.0))
+    except subprocess.CalledProcessError as err:
+        return str(err.stderr).strip()
+    except subprocess.TimeoutExpired:
+        return "sbatch does not answer"
     logger.info("preflight: %s", answer.strip())
+    return ""
 
 
-def _advice(refusal: str) -> str:
+def may_pass(refusal: str) -> bool:
+    """Whether a refusal is of the moment: no controller, or one that has just come back without its nodes."""
+    if re.search(_AWAY, refusal, re.IGNORECASE):
+        return True
+    if not re.search(_UNHEARD, refusal, re.IGNORECASE):
+        return False
+    try:
+        return "unk" in ask_slurm("sinfo", "--noheader", "--format", "%T", timeout=5)
+    except subprocess.SubprocessError:
+        return True
+
+
+def advice(refusal: str) -> str:
     """Which key of the profile to change, and the command that shows what it may be."""
     for words, (key, command) in _REFUSALS.items():
         if re.search(words, refusal, re.IGNORECASE):
@@ -278,9 +339,9 @@ def queue_states() -> dict[str, tuple[str, str]]:
     return {job_id: (state, reason) for job_id, state, reason in rows}
 
 
-def ask_slurm(*command: str) -> str:
+def ask_slurm(*command: str, timeout: float = 20) -> str:
     """Output of a SLURM command; they block for minutes when the controller is gone, so not for long."""
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout).stdout
 
 
 def _check_keys(found: Any, known: Any, path: Path, prefix: str) -> None:

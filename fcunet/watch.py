@@ -6,17 +6,21 @@ with the reason and the tail of the job's log.
 """
 
 import logging
+import queue
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from .slurm import ClusterError, ProfileSettings, ask_slurm, queue_states
+from .slurm import ClusterError, ProfileSettings, advice, ask_slurm, may_pass, queue_states
 
 logger = logging.getLogger(__name__)
 
-_ASK_EVERY_S = 3.0
+_ASK_EVERY_S, _ANSWER_S = 3.0, 0.2
 _GRACE_S = 5.0  # between the end of a job and the news of it
+_SUBMIT_AGAIN_S = 4.0
+_REFUSED_S = 15.0  # so long nothing but refusals, and the run ends
 # reasons with which a job waits for ever, as sites without EnforcePartLimits accept it: what to change
 _NEVER = {
     "PartitionTimeLimit": "walltime",
@@ -44,12 +48,15 @@ class JobWatch:
 
     def __init__(self, cluster: Any, settings: ProfileSettings) -> None:
         self.cluster, self.settings = cluster, settings
-        self._asked = 0.0
+        self._asked, self._asking = 0.0, False
+        self._answers: queue.SimpleQueue[dict[str, tuple[str, str]] | Exception] = queue.SimpleQueue()
         self._first_seen: dict[str, float] = {}
         self._running_since: dict[str, float] = {}
         self._registered: set[str] = set()
         self._note, self._deaths = "", 0
         self._progress, self._lost, self._started = 0, 0, False
+        self._refused_since: float | None = None
+        self._refusals: set[str] = set()  # that were logged
 
     def look(self, workers: int, progress: int = 0) -> str:
         """What the run is waiting for, in a few words; empty when all is well.
@@ -60,25 +67,30 @@ class JobWatch:
         Raises
         ------
         ClusterError
-            When jobs end or hang before their workers register, or will never start, and no worker is left;
-            and when jobs come and go, and nothing is done.
+            When jobs are refused, end or hang before their workers register, or will never start, and no
+            worker is left; and when jobs come and go, and nothing is done.
         """
         if progress != self._progress:
             self._progress, self._lost = progress, 0
         now = time.monotonic()
-        if now - self._asked < _ASK_EVERY_S:
+        if not self._asking:
+            if now - self._asked < _ASK_EVERY_S:
+                return self._note
+            self._asked, self._asking = now, True
+            threading.Thread(target=self._ask, name="fcunet-squeue", daemon=True).start()
+        try:
+            states = self._answers.get(timeout=_ANSWER_S)
+        except queue.Empty:  # without a controller squeue takes its time, and the work must go on meanwhile
             return self._note
-        self._asked = now
+        self._asking = False
+        if isinstance(states, Exception):  # the controller may be restarting
+            logger.warning("squeue does not answer: %s", states)
+            self._note = "squeue does not answer"
+            return self._note
         jobs = {
             job.job_id: name for name, job in self.cluster.workers.items() if getattr(job, "job_id", None)
         }
         names = {str(worker.name) for worker in list(self.cluster.scheduler.workers.values())}
-        try:
-            states = queue_states()
-        except (OSError, subprocess.SubprocessError) as err:  # the controller may be restarting
-            logger.warning("squeue does not answer: %s", err)
-            self._note = "squeue does not answer"
-            return self._note
         self._count_lost(set(jobs), states)
         pending: list[str] = []
         for job_id, name in jobs.items():
@@ -104,16 +116,54 @@ class JobWatch:
                     )
             elif now - self._first_seen[job_id] > _GRACE_S:
                 self._dead(job_id, name, "ended before its worker had connected", workers)
+        refused = self._submit_again(now, bool(jobs))
         waiting = f"{_plural(len(pending), 'job')} in the queue ({', '.join(sorted(set(pending)))})"
-        self._note = waiting if pending else ("" if workers else "jobs are starting")
+        self._note = refused or (waiting if pending else ("" if workers else "jobs are starting"))
         return self._note
+
+    def _ask(self) -> None:
+        try:
+            self._answers.put(queue_states())
+        except (OSError, subprocess.SubprocessError) as err:
+            self._answers.put(err)
+
+    def _submit_again(self, now: float, some: bool) -> str:
+        """Try once more with jobs that sbatch refused (a limit of the account, no controller); says so.
+
+        With `some` other jobs queued or running the work goes on, else not for long.
+        """
+        refused = {name: job for name, job in self.cluster.workers.items() if getattr(job, "refusal", "")}
+        if some:
+            self._refused_since = None
+        if not refused:
+            return ""
+        refusal = max(refused.values(), key=lambda job: job.refused_at).refusal
+        if refusal not in self._refusals:
+            self._refusals.add(refusal)
+            logger.warning("sbatch refused a job: %s", refusal)
+        if self._refused_since is None:
+            self._refused_since = now
+        limit = self.settings.start_timeout_s if may_pass(refusal) else _REFUSED_S
+        if now - self._refused_since > limit:
+            raise ClusterError(f"SLURM refuses all jobs of this run: {refusal}{advice(refusal)}")
+        for name, job in refused.items():
+            if time.monotonic() - job.refused_at > _SUBMIT_AGAIN_S:
+                self._replace(name)
+        return f"SLURM refused {len(refused)} job{'s' * (len(refused) > 1)} ({refusal.splitlines()[-1]})"
+
+    def _replace(self, name: Any) -> None:
+        """Have dask-jobqueue start another job; it does so for what is missing from its list."""
+        self.cluster.workers.pop(name, None)
+        self.cluster.loop.add_callback(self.cluster._correct_state)
 
     def _count_lost(self, wanted: set[str], states: dict[str, tuple[str, str]]) -> None:
         """Jobs whose workers came and went; too many in a row, and something is wrong with all of them."""
         lost = sorted(self._registered - wanted - set(states))
         self._registered -= set(lost)
         self._lost += len(lost)
-        if lost and self._lost > self.settings.retries + len(wanted):
+        # a block that takes all memory may end as many jobs as Dask lets it, before it is given up
+        bearable = self.settings.retries + self.cluster.scheduler.allowed_failures + len(wanted)
+        if lost and self._lost > bearable:
             tail = log_tail(self.cluster._dummy_job.log_directory, f"*-{lost[-1]}.*")
             raise ClusterError(
                 f"{self._lost} jobs in a row ended without having finished a block, the last with job "
@@ -132,9 +182,7 @@ class JobWatch:
                 "(fcunet doctor --cluster PROFILE tries one job)."
             )
         logger.warning("%s; it is submitted anew", message)
-        # dask-jobqueue waits for ever for such a worker; without the dead job it will start another
-        self.cluster.workers.pop(name, None)
-        self.cluster.loop.add_callback(self.cluster._correct_state)
+        self._replace(name)  # dask-jobqueue would wait for ever for such a worker
 
 
 def _plural(n: int, noun: str) -> str:

@@ -254,6 +254,7 @@ class _Cluster:
 
     class _Scheduler:
         workers: dict = {}
+        allowed_failures = 0
 
     def __init__(self, folder):
         self.workers, self.scheduler = {"SLURMCluster-0": self._Job()}, self._Scheduler()
@@ -379,7 +380,7 @@ def test_build_cluster__removes_the_keys_a_killed_driver_left(tmp_path):
     ],
 )
 def test_refusal__names_the_key_to_change(refusal, advice):
-    assert re.search(advice, slurm._advice(refusal).strip())
+    assert re.search(advice, slurm.advice(refusal).strip())
 
 
 def test_dask_report__opens_without_a_network_and_takes_no_run_with_it(client, tmp_path, caplog):

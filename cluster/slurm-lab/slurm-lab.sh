@@ -46,7 +46,8 @@ SlurmctldHost=$HOST(127.0.0.1)
 SlurmUser=$USER_NAME
 SlurmdUser=$USER_NAME
 AuthType=auth/munge
-AuthInfo=socket=$LAB/run/munge.sock
+# a requeued job waits until the credential of its last launch has expired (120 s by default)
+AuthInfo=socket=$LAB/run/munge.sock,cred_expire=30
 CredType=cred/munge
 SlurmctldPort=$PORT0
 SlurmctldPidFile=$LAB/run/slurmctld.pid

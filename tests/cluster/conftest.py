@@ -50,9 +50,9 @@ def slurm():
     environment = os.environ | {
         "SLURMLAB_DIR": folder,
         "SLURMLAB_PORT0": str(free_ports()),
-        "SLURMLAB_GPUS_PER_NODE": "4",
-        "SLURMLAB_CPUS_PER_NODE": "16",
-        "SLURMLAB_MEM_MB": "32000",
+        "SLURMLAB_GPUS_PER_NODE": "8",
+        "SLURMLAB_CPUS_PER_NODE": "32",
+        "SLURMLAB_MEM_MB": "64000",
     }
     subprocess.run([LAB, "up"], env=environment, check=True, timeout=60)
     changes = {
@@ -94,27 +94,39 @@ def serial(store, tmp_path_factory):
     return out
 
 
+WAYS = {
+    "plain": [],
+    "resources": ["--resources", "GPU=1"],
+    "lifetime": ["--resources", "GPU=1", "--lifetime", "40s", "--lifetime-stagger", "3s"],
+    "staggered": ["--lifetime", "40s", "--lifetime-stagger", "12s"],
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def walltime_run(request, tmp_path_factory):
-    """A run whose jobs end after a minute each; it takes two, beside the other tests, and hardly computes."""
-    if not any("test_walltime" in item.nodeid for item in request.session.items):
-        yield None
+def walltime_runs(request, tmp_path_factory):
+    """Runs whose jobs end after a minute each; they take two, beside the other tests, and hardly compute."""
+    ways = [way for way in WAYS for i in request.session.items if i.nodeid.endswith(f"jobs[{way}]")]
+    if not ways:
+        yield {}
         return
     slurm, store = request.getfixturevalue("slurm"), request.getfixturevalue("store")
     assert slurm
     folder = tmp_path_factory.mktemp("walltime")
-    site = write_profile(
-        folder / "site.yaml", queue="short", walltime="00:01:00", **{"job-name": WALLTIME_JOB}
-    )
-    command = run_command(store, folder / "run", site, "--workers", "2")
-    process = start(
-        [sys.executable, str(Path(__file__).with_name("slow_fcunet.py")), *command[1:]],
-        env=os.environ | {"FCUNET_TEST_TILE_S": "3"},
-    )
-    yield process, folder / "run"
-    if process.poll() is None:
-        process.terminate()
-        process.communicate()
+    running = {}
+    for way in ways:
+        jobs = {"job-name": WALLTIME_JOB, "worker-extra-args": WAYS[way]}
+        site = write_profile(folder / f"{way}.yaml", queue="short", walltime="00:01:00", **jobs)
+        command = run_command(store, folder / way, site, "--workers", "2")
+        process = start(
+            [sys.executable, str(Path(__file__).with_name("slow_fcunet.py")), *command[1:]],
+            env=os.environ | {"FCUNET_TEST_TILE_S": "3"},
+        )
+        running[way] = (process, folder / way)
+    yield running
+    for process, _ in running.values():
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import slow_tile
 from lab import (
+    DASK,
     SETTINGS,
     all_idle_or_busy,
     assert_same_bytes,
@@ -28,6 +29,7 @@ from lab import (
 )
 
 from fcunet import runner, schema, tiles
+from fcunet.cluster import connect
 from fcunet.config import Config
 from fcunet.store import read_status
 
@@ -139,14 +141,53 @@ def test_run__goes_on_while_the_controller_is_away(slurm, site, store, serial, t
     until(lambda: len(jobs()) >= 3, "the recovered queue")
 
 
+def test_run__submits_a_refused_job_again(slurm, site, store, serial, tmp_path, monkeypatch):
+    site.wait_for_workers(3, timeout=120)
+    out = tmp_path / "run"
+
+    def close_partition(victim):
+        victim.slurm("scontrol", "update", "PartitionName=gpu", "State=DRAIN")
+        try:
+            victim.slurm("scancel", victim.job)
+            log = out / "run.log"
+            until(lambda: "sbatch refused a job: " in log.read_text(), "the refusal")
+        finally:
+            victim.slurm("scontrol", "update", "PartitionName=gpu", "State=UP")
+
+    site.run(slow_tile.set_pace, "1.0")  # the run must outlive the refusal
+    try:
+        run_and_break(site, store, out, close_partition, pick(site, slurm), monkeypatch)
+    finally:
+        site.run(slow_tile.set_pace, "0.15")
+    assert_same_bytes(out, serial)
+    until(lambda: len(site.nthreads()) == 3, "the replacement")
+
+
 def test_run__gives_up_only_the_block_that_takes_all_memory(
     slurm, site, store, serial, tmp_path, monkeypatch
 ):
     site.wait_for_workers(3, timeout=120)
     monkeypatch.setattr(tiles, "submitted", slow_tile.hungry_tile)
     monkeypatch.setattr(site.cluster.scheduler, "allowed_failures", 1)
-    out = tmp_path / "run"
-    tree = runner.run(config(store, out), client=site, progress=False)
+    finish_without_one_block(site, store, serial, tmp_path / "run", monkeypatch)
+
+
+def test_run__gives_up_only_that_block_where_slurm_watches_the_memory(
+    slurm, store, serial, profile, tmp_path, monkeypatch
+):
+    # Dask does not: each time the whole job is killed
+    dask = DASK | {"scheduler": {"worker-ttl": "20s", "allowed-failures": 1}}
+    path = profile(dask=dask, **{"worker-extra-args": ["--memory-limit", "0"]})
+    monkeypatch.setattr(tiles, "submitted", slow_tile.hungry_tile)
+    with connect(str(path), 2, dashboard_address="127.0.0.1:0", log_directory=tmp_path / "jobs") as client:
+        finish_without_one_block(client, store, serial, tmp_path / "run", monkeypatch)
+    killed = [p for p in (tmp_path / "jobs").glob("*.err") if "exceeded memory limit" in p.read_text()]
+    assert len(killed) == 4  # the first worker, a second, and alone two more
+
+
+def finish_without_one_block(client, store, serial, out, monkeypatch):
+    """Run with a block that takes all memory, then without."""
+    tree = runner.run(config(store, out), client=client, progress=False)
     status = read_status(out / "peaks.zarr")
     assert np.argwhere(status == schema.STATUS_FAILED).tolist() == [[1, 1]]
     assert failed_blocks(out) == [[1, 1]]
@@ -154,5 +195,5 @@ def test_run__gives_up_only_the_block_that_takes_all_memory(
     assert "memory" in (out / "summary.json").read_text()
     # the same command tries that block again
     monkeypatch.setattr(tiles, "submitted", tiles.process_tile)
-    runner.run(config(store, out), client=site, progress=False)
+    runner.run(config(store, out), client=client, progress=False)
     assert_same_bytes(out, serial)

@@ -1,6 +1,8 @@
 """What goes wrong the first time on a cluster: answered within 30 s, with the reason and what to do."""
 
+import importlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,19 +17,23 @@ from lab import (
     blocks_done,
     jobs,
     run_command,
+    start_controller,
+    stop_controller,
     until,
     write_profile,
 )
 
 from fcunet import runner
 from fcunet.config import Config
-from fcunet.slurm import ClusterError
+from fcunet.slurm import ClusterError, preflight
 from fcunet.tiles import StorageError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 # said within 30 s on an idle machine; the tests share theirs with others
 LIMIT_S = 30 * float(os.environ.get("FCUNET_TEST_PATIENCE", "1"))
+
+QUOTA = "640k"
 
 
 @contextmanager
@@ -58,6 +64,41 @@ def test_run__names_what_slurm_would_refuse(keys, match, store, profile, tmp_pat
         run(store, tmp_path / "run", profile(**keys))
     assert jobs() == {}
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+@pytest.fixture
+def partition(slurm):
+    """Closes the partition of the jobs to new ones, and opens it again."""
+
+    def set_state(state):
+        subprocess.run(["scontrol", "update", "PartitionName=gpu", f"State={state}"], check=True)
+
+    yield set_state
+    set_state("UP")
+
+
+def test_run__ends_when_slurm_refuses_what_it_would_have_taken(
+    partition, store, profile, tmp_path, monkeypatch
+):
+    # between the preflight and the first job
+    module = importlib.import_module("fcunet.cluster")
+    monkeypatch.setattr(module, "preflight", lambda script: (preflight(script), partition("DRAIN")))
+    match = r"(?s)refuses all jobs of this run: .*partition not available.*Change queue in the profile"
+    with answered_in_time(), pytest.raises(ClusterError, match=match):
+        run(store, tmp_path / "run", profile())
+    assert_clean(tmp_path / "run")
+
+
+def test_run__waits_for_a_controller_that_is_away_but_not_for_long(slurm, store, profile, tmp_path):
+    stop_controller(slurm)
+    try:
+        with answered_in_time(), pytest.raises(ClusterError, match="controller does not answer .*Try: sinfo"):
+            run(store, tmp_path / "run", profile())
+        assert not (tmp_path / "run" / "run.lock").exists()
+    finally:
+        start_controller(slurm)
+    # it is back, and refuses everything until it has heard of its nodes
+    run(store, tmp_path / "part", profile(), region="0:4,0:8", workers=1)
 
 
 def test_run__names_an_interface_that_does_not_exist(store, profile, tmp_path):
@@ -122,22 +163,54 @@ def test_run__names_the_node_that_does_not_see_the_scan(store, serial, profile, 
 
 @pytest.fixture
 def small_disk(tmp_path):
+    """A disk with room for half of a run; gives the folder, and what makes room in it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "none", str(folder)], check=True)
-    yield folder
+    yield folder, ["mount", "-o", "remount,size=64m", str(folder)]
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_run__stops_when_the_disk_is_full_and_goes_on_when_it_is_not(
-    store, serial, profile, small_disk, tmp_path
+@pytest.fixture
+def quota(tmp_path):
+    """A home with a quota, of which a run needs twice as much."""
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("no file system with quotas here: apt-get install btrfs-progs")
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(2**27)
+    subprocess.run(["mkfs.btrfs", "--quiet", str(image)], check=True, capture_output=True)
+    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system with quotas here: {mounted.stderr}")
+    try:
+        for command in (
+            ["subvolume", "create", str(disk / "home")],
+            ["quota", "enable", str(disk)],
+            ["qgroup", "limit", QUOTA, str(disk / "home")],
+        ):
+            subprocess.run(["btrfs", *command], check=True, capture_output=True)
+        yield disk / "home", ["btrfs", "qgroup", "limit", "none", str(disk / "home")]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("disk", "reason"),
+    [("small_disk", "No space left on device"), ("quota", "Disk quota exceeded")],
+    ids=["full", "quota"],
+)
+def test_run__stops_when_there_is_no_room_and_goes_on_when_there_is(
+    disk, reason, store, serial, profile, request, tmp_path
 ):
-    out = small_disk / "run"
+    folder, make_room = request.getfixturevalue(disk)
+    out = folder / "run"
     site = write_profile(tmp_path / "site.yaml", **{"log-directory": str(tmp_path / "jobs")})
-    with answered_in_time(), pytest.raises(StorageError, match=r"No space left on device: .*make room"):
+    with answered_in_time(), pytest.raises(StorageError, match=rf"{reason}: .*make room"):
         run(store, out, site)
     assert 0 < blocks_done(out) < 60
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(make_room, check=True)
     run(store, out, "local", workers=1)
     assert_same_bytes(out, serial)
     assert_clean(out)
@@ -151,15 +224,16 @@ def test_run__says_once_that_a_gpu_worker_has_no_gpu(store, profile, tmp_path):
 
 
 def test_run__shows_that_jobs_wait(store, profile, tmp_path):
-    # all GPUs are taken for a while by somebody else
+    # the nodes are taken for a while by somebody else
     other = subprocess.run(
-        ["sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "--mem=1G", "-o", "/dev/null",
+        ["sbatch", "--parsable", "-p", "cpu", "-N1", "--exclusive", "--mem=1G", "-o", "/dev/null",
          "--wrap", "sleep 600"],
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     until(lambda: jobs().get(other, ("", ""))[0] == "RUNNING", "the other job")
     said = tmp_path / "said.txt"
-    command = run_command(store, tmp_path / "run", profile(), "--region", "0:4,0:8", "--workers", "1")
+    site = profile(queue="cpu", fcunet={"gpus": 0}, **{"job-extra-directives": []})
+    command = run_command(store, tmp_path / "run", site, "--region", "0:4,0:8", "--workers", "1")
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
         until(lambda: "1 job waits in the queue (Resources)" in said.read_text(), "the news", process=process)
