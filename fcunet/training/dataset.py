@@ -104,6 +104,8 @@ class PatternSource:
         No backgrounds, no blur beyond the pixel, no faults: only scattering, geometry and counting noise.
     flat : float
         Share of the samples with evenly filled disks, as very thin specimens show.
+    bullseye : float
+        Share of the samples taken through a patterned aperture (rings, some with bars).
     radius : (low, high), optional
         Log-uniform disk radius in px instead of the training distribution, for test sets.
 
@@ -128,6 +130,7 @@ class PatternSource:
         dose: tuple[float, float] | None = None,
         clean: bool = False,
         flat: float = 0.08,
+        bullseye: float = 0.06,
         radius: tuple[float, float] | None = None,
     ) -> None:
         self.crystals = training_crystals(split)
@@ -138,6 +141,7 @@ class PatternSource:
         self.dose = dose
         self.clean = clean
         self.flat = flat
+        self.bullseye = bullseye
         self.radius = radius
         self._rng = np.random.default_rng([_SPLIT_SEEDS[split], seed])
         self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
@@ -313,7 +317,7 @@ class PatternSource:
 
     def _choose_aperture(self, n: int) -> Tensor | None:
         """Transmission (n, K, K) if any sample of the batch has a bullseye aperture."""
-        some = self._rand(n) < (0.0 if self.clean else 0.06)
+        some = self._rand(n) < (0.0 if self.clean else self.bullseye)
         if not bool(some.any()):
             return None
         which = self._randint(len(_BULLSEYES), n)

@@ -19,6 +19,7 @@ _DISPLACED = (0.02, 0.25)  # radii: standard deviation, log-uniform over pattern
 _NOTICED_ELECTRONS = 8.0  # a disk of N electrons is proposed with probability N / (N + this)
 _FALSE_SLOTS, _FALSE_SHARE = 3, 0.2  # per pattern: places without a disk
 _OPTICS_UNKNOWN = 0.25  # share of the patterns
+_WEIGHT_FLOOR_PX, _STRAIN_UNIT, _LEAST_DISKS = 0.06, 3e-4, 6  # of the strain loss
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DiskLossConfig:
         Of a lit forbidden reflection beside an allowed one.
     half_visible_electrons : float
         The amplitude of a disk of N electrons counts N / (N + this).
+    strain_weight : float
+        Of the strain that a lattice fit would make of the position errors, see :func:`strain_loss`.
     """
 
     position_weight: float = 1.0
@@ -46,6 +49,7 @@ class DiskLossConfig:
     absolute_weight: float = 0.2
     forbidden_weight: float = 2.0
     half_visible_electrons: float = 20.0
+    strain_weight: float = 0.2
 
 
 class Proposals(NamedTuple):
@@ -167,5 +171,46 @@ def disk_losses(
 
     amplitude = judge(scale, weight * scattered)
     amplitude = amplitude + config.absolute_weight * judge(torch.ones_like(scale), weight)
+    shared = strain_loss(reading, proposals)
     total = config.position_weight * position + config.amplitude_weight * amplitude
+    total = total + config.strain_weight * shared
     return Losses(total, torch.zeros_like(total).detach(), position.detach(), amplitude.detach())
+
+
+def strain_loss(reading: DiskReading, proposals: Proposals) -> Tensor:
+    """What a weighted lattice fit would take the position errors of one pattern for, as strain.
+
+    A dilation that all disks of a pattern share hardly shows in the error of each, and wholly in the strain.
+    The affine part of the errors is fitted with the weights of the fit that follows; each of its four
+    components counts in units of hypot(standard deviation that independent errors would give it, 3e-4), with
+    a gradient that saturates beyond one unit. Mean over the patterns with at least 6 disks; 0 if none has.
+
+    Parameters
+    ----------
+    reading : DiskReading
+        px.
+    proposals : Proposals
+    """
+    real = proposals.real
+    weight = 1 / (reading.log_sigma.detach().exp().square() + _WEIGHT_FLOOR_PX**2)
+    weight = torch.where(real, weight, 0.0)  # (n, P)
+    enough = real.sum(1) >= _LEAST_DISKS
+    total = weight.sum(1).clamp_min(1e-12)[:, None, None]
+
+    def centred(v: Tensor) -> Tensor:
+        v = torch.where(real[..., None], v, 0.0)
+        return v - (weight[..., None] * v).sum(1, keepdim=True) / total
+
+    q = centred(proposals.truth)  # (n, P, 2)
+    error = centred(reading.offset - (proposals.truth - proposals.position))
+    q_weighted = weight[..., None] * q
+    normal = q_weighted.transpose(1, 2) @ q  # (n, 2, 2)
+    scale = normal.diagonal(dim1=1, dim2=2).mean(1)
+    enough = enough & (torch.linalg.det(normal) > 1e-3 * scale.square())  # not all in a row
+    if not bool(enough.any()):
+        return error.sum() * 0.0
+    inverse = torch.linalg.inv(normal[enough])
+    strain = (error.transpose(1, 2) @ q_weighted)[enough] @ inverse  # (m, 2, 2): error of y, x by q of y, x
+    variance = inverse.diagonal(dim1=1, dim2=2)[:, None, :]
+    unit = (variance + _STRAIN_UNIT**2).sqrt()
+    return ((strain / unit).square() + 1).sqrt().sub(1).mean()

@@ -4,7 +4,7 @@ import torch
 from fcunet.nn.disks import DiskReading
 from fcunet.nn.model import AMPLITUDE_UNIT_V, disk_radius
 from fcunet.nn.weights import load_model
-from fcunet.training.disks import disk_losses, propose
+from fcunet.training.disks import disk_losses, propose, strain_loss
 from fcunet.training.loop import train
 from fcunet.training.settings import TrainConfig
 
@@ -86,6 +86,32 @@ def test_disk_losses__of_nothing_are_finite_with_a_gradient(batch):
     losses.total.backward()
     assert float(losses.total.detach()) == 0
     assert bool(torch.isfinite(reading.offset.grad).all())
+
+
+def test_strain_loss__sees_a_shared_dilation_and_no_shared_shift(batch):
+    proposals = propose(batch)
+    right = truth_as_reading(proposals)
+    assert float(strain_loss(right, proposals)) == pytest.approx(0, abs=1e-6)
+    shifted = right._replace(offset=right.offset + 0.3)
+    assert float(strain_loss(shifted, proposals)) == pytest.approx(0, abs=1e-4)
+    from_middle = torch.nan_to_num(proposals.truth - batch.origin[:, None])
+    small, large = (
+        float(strain_loss(right._replace(offset=right.offset + k * from_middle), proposals))
+        for k in (2e-2, 2e-1)
+    )
+    assert 1 < small < large
+    assert large < 12 * small  # the gradient saturates
+
+
+def test_strain_loss__of_too_few_disks_is_zero_with_a_gradient(batch):
+    proposals = propose(batch)
+    few = proposals.position.clone()
+    few[:, 4:] = torch.nan
+    reading = DiskReading(*(t.requires_grad_() for t in truth_as_reading(proposals)))
+    loss = strain_loss(reading, proposals._replace(position=few))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert bool((reading.offset.grad == 0).all())
 
 
 def test_train__the_second_stage_leaves_the_maps_as_they_are(tmp_path, toy_source):
