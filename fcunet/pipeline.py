@@ -19,6 +19,7 @@ from .blocks import BlockCalibration, process_block, weighted_sums
 from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
+from .nn.weights import shared_dilation_std
 from .pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
 
 _ = accessor  # importing it puts .fcunet on datasets and trees
@@ -134,6 +135,8 @@ def find_peaks(
         "detector_shape": list(frame),
         "centre": list(map(float, calibration.centre)),
     }
+    if chosen.method == "fcunet":
+        peaks.attrs["shared_dilation_std"] = shared_dilation_std(chosen.weights)
     if chosen.method == "cepstral":
         peaks.attrs["space"] = REAL_SPACE
         for i, name in enumerate(("origin_qy", "origin_qx")):

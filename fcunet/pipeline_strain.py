@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import cepstral, schema
 from .kernels import lattice as kernel
 from .kernels.ellipse import Ellipse, undistort_lattice
+from .kernels.lattice_fit import with_shared_dilation
 from .kernels.lattice_several import find_lattices, fit_lattices
 from .kernels.strain import (
     COMPONENTS,
@@ -56,7 +57,9 @@ def fit_lattice(
     ----------
     peaks : Dataset
         `peak_qy`, `peak_qx` (scan_y, scan_x, peak), and if there `peak_intensity`, `peak_sigma`, and
-        `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy.
+        `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy. The attribute
+        ``shared_dilation_std``, a strain, is what `peak_sigma` leaves out: an error that all peaks of a
+        pattern share. It goes into `covariance` where `weighting` is "sigma".
     basis : array_like, shape (2, 2), optional
         Approximate g1, g2 as (y, x) in px. None: found from a sample of the peaks.
     origin : array_like, shape (2,), optional
@@ -116,10 +119,11 @@ def fit_lattice(
     nothing = np.full((1, 1), np.nan)
     has: dict[str, Any] = {name: nothing for name in ("sigma", "intensity") if f"peak_{name}" in optional}
     kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
+    shared = float(peaks.attrs.get("shared_dilation_std") or 0.0) if weighting == "sigma" else 0.0
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
-        kwargs={"optional": optional, "bases": bases, "options": options},
+        kwargs={"optional": optional, "bases": bases, "options": options, "shared_dilation": shared},
         input_core_dims=core,
         output_core_dims=[[]] * 6 + [["parameter", "parameter2"], [], [], [], []],
         dask="parallelized",
@@ -147,6 +151,8 @@ def fit_lattice(
         ),
         "min_num_peaks": int(min_num_peaks),
     }
+    if shared:
+        lattice.attrs["shared_dilation_std"] = shared
     lattice.attrs |= _geometry(peaks)
     return lattice
 
@@ -418,7 +424,13 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
 
 
 def _fit_block(
-    qy: Array, qx: Array, *rest: Array, optional: Sequence[str], bases: list[kernel.Basis], options: dict
+    qy: Array,
+    qx: Array,
+    *rest: Array,
+    optional: Sequence[str],
+    bases: list[kernel.Basis],
+    options: dict,
+    shared_dilation: float,
 ):
     """Plain arrays in, the variables of a lattice out, in the order of :func:`fit_lattice`."""
     given = dict(zip(optional, rest, strict=False))
@@ -436,11 +448,14 @@ def _fit_block(
         **options,
     )
     fit = several.fits[0]
+    covariance = fit.covariance
+    if shared_dilation:
+        covariance = with_shared_dilation(covariance, fit.g, shared_dilation)
     return (
         fit.origin[..., 0],
         fit.origin[..., 1],
         *(fit.g[..., i, j] for i in (0, 1) for j in (0, 1)),
-        fit.covariance.astype(np.float32),
+        covariance.astype(np.float32),
         fit.fit_error.astype(np.float32),
         fit.n_indexed.astype(np.int16),
         fit.score.astype(np.float32),

@@ -43,7 +43,7 @@ from .datacube import DamagedBlockError
 from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
-from .nn.weights import resolve_weights
+from .nn.weights import resolve_weights, shared_dilation_std
 from .pipeline import INTENSITY_ATTRS
 from .progress import Progress, duration
 from .provenance import input_fingerprint, provenance
@@ -297,6 +297,7 @@ def _prepare(plan: _Run) -> Calibration:
             "weights_name": plan.weights.name if plan.weights else None,
             "intensity_meaning": INTENSITY_ATTRS[plan.config.detection.method]["meaning"],
             "intensity_units": "V" if network else None,
+            "shared_dilation_std": shared_dilation_std(plan.weights) if plan.weights else None,
             "space": REAL_SPACE if plan.config.detection.method == "cepstral" else None,
             "run_id": _run_id(plan),
             "input_samples": _sample_digests(plan.datacube),

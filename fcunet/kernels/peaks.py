@@ -1,6 +1,6 @@
 """Padded lists of Bragg peaks, and the integer maxima of a batch of images that they start from."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -138,23 +138,27 @@ def _sorted_candidates(
     if n == 0 or min(height, width) <= 2 * edge:
         nothing = image.new_zeros((n, 1), dtype=torch.int64)
         return nothing, nothing, image.new_full((n, 1), -torch.inf)
-    place = _above_straight_neighbours(image, edge)
-    value = image.reshape(-1)[place]
-    if min_absolute > 0:
-        high = value >= min_absolute
-        place, value = place[high], value[high]
-    # Against the diagonal neighbours only what could pass the relative criterion is held, first on the guess
-    # that the highest pixel so far is a maximum, which it nearly always is.
-    which = place // (height * width)
-    guess = _highest_each(value, which, n)
-    chosen = torch.ones_like(which, dtype=torch.bool)
-    if relative_to_peak == 0 and min_relative > 0:
-        chosen = ~(value < (guess * (min_relative * (1 - 1e-6)))[which]) | (guess <= 0)[which]
-    kept = place[chosen]
-    kept = kept[_above_diagonal_neighbours(image, kept)]
-    if bool((_highest_each(image.reshape(-1)[kept], kept // (height * width), n) < guess).any()):
-        kept = place[_above_diagonal_neighbours(image, place)]
-    value, which, place = image.reshape(-1)[kept], kept // (height * width), kept % (height * width)
+    frame = image[:, edge - 1 : height - edge + 1, edge - 1 : width - edge + 1]
+    centre = frame[:, 1:-1, 1:-1]
+    line = torch.maximum(frame[:, :, :-2], frame[:, :, 2:])
+    torch.maximum(line, frame[:, :, 1:-1], out=line)  # in place: fresh memory costs as much as the arithmetic
+    highest = torch.maximum(line[:, :-2], line[:, 2:])
+    torch.maximum(highest, line[:, 1:-1], out=highest)
+
+    # Nothing as low as the lowest pixel is a maximum, which rules out flat ground. The highest pixel of the
+    # region is nearly always one, and then all others are measured against it: most candidates go at once.
+    # Where it turns out not to be one, this is done again without the short cut.
+    ground = torch.nextafter(frame.amin((1, 2)), image.new_tensor(torch.inf)).nan_to_num(nan=-torch.inf)
+    floor = ground.clamp(min=min_absolute) if min_absolute > 0 else ground
+    top = centre.amax((1, 2))
+    relative = min_relative * (1 - 1e-6) if relative_to_peak == 0 else 0.0
+    bound = torch.where((top > 0) & (relative > 0), top * relative, floor).maximum(floor)
+    which, y, x, value = _genuine(image, centre, highest, bound, edge)
+    best = torch.full_like(top, -torch.inf).scatter_reduce_(0, which, value, "amax")
+    wrong = (best < top) & (bound > floor)
+    if wrong.any():
+        bound = torch.where(wrong, floor, bound)
+        which, y, x, value = _genuine(image, centre, highest, bound, edge)
 
     count = torch.bincount(which, minlength=n)
     slots = max(int(count.max()), 1)
@@ -162,57 +166,38 @@ def _sorted_candidates(
     slot = count.cumsum(0)[which] - 1 - torch.arange(len(which), device=image.device)
     heights = image.new_full((n, slots), -torch.inf)
     heights[which, slot] = value
-    places = torch.zeros((n, slots), dtype=torch.int64, device=image.device)
-    places[which, slot] = place
+    place = torch.zeros((n, slots), dtype=torch.int64, device=image.device)
+    place[which, slot] = y * width + x
     heights, order = heights.sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
-    return places // width, places % width, heights
+    place = place.gather(1, order)
+    return place // width, place % width, heights
 
 
-def _above_straight_neighbours(image: Tensor, edge: int) -> Tensor:
-    """Flat indices (m,) of pixels `edge` from the border, higher than the neighbours before on both axes.
+def _genuine(
+    image: Tensor, centre: Tensor, highest: Tensor, bound: Tensor, edge: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels equal to the highest around them, not below `bound`, above the four neighbours before them.
 
-    And not lower than the neighbours after.
+    Returns image, row, column, height.
     """
-    n, height, width = image.shape
-    flat = image.reshape(n, height * width)
-    first, last = edge * width, (height - edge) * width
-
-    def above(flat: Any) -> Any:
-        at = flat[..., first:last]
-        mask = at > flat[..., first - 1 : last - 1]
-        mask &= at >= flat[..., first + 1 : last + 1]
-        mask &= at > flat[..., first - width : last - width]
-        mask &= at >= flat[..., first + width : last + width]
-        return mask
-
-    if image.device.type != "cpu":
-        which, at = above(flat).nonzero(as_tuple=True)
-        found = which * (height * width) + at + first
-    else:  # NumPy writes and searches truth values several times as fast; one image stays in the cache
-        parts = [
-            np.flatnonzero(above(pixels)) + (i * height * width + first)
-            for i, pixels in enumerate(flat.numpy())
-        ]
-        found = torch.from_numpy(np.concatenate(parts))
-    x = found % width
-    return found[(x >= edge) & (x < width - edge)]
+    which, y, x = _where_equal(centre, torch.maximum(highest, bound[:, None, None]))
+    y, x = y + edge, x + edge
+    value = image[which, y, x]
+    above = value > image[which, y - 1, x]
+    for dy in (-1, 0, 1):
+        above &= value > image[which, y + dy, x - 1]
+    return which[above], y[above], x[above], value[above]
 
 
-def _above_diagonal_neighbours(image: Tensor, place: Tensor) -> Tensor:
-    """Whether pixels with flat indices (m,) are maxima also in comparison with their diagonal neighbours."""
-    flat, width = image.reshape(-1), image.shape[2]
-    value = flat[place]
-    above = value > flat[place - width - 1]
-    above &= value >= flat[place - width + 1]
-    above &= value > flat[place + width - 1]
-    above &= value >= flat[place + width + 1]
-    return above
-
-
-def _highest_each(value: Tensor, which: Tensor, n: int) -> Tensor:
-    """Highest of the values (m,) of each of `n` images; -inf where there is none."""
-    return value.new_full((n,), -torch.inf).scatter_reduce_(0, which, value, "amax")
+def _where_equal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the equal elements of two images (n, h, w)."""
+    if a.device.type != "cpu":
+        return (a == b).nonzero(as_tuple=True)  # type: ignore[return-value]
+    # NumPy writes and searches truth values three times as fast
+    flat = torch.from_numpy(np.flatnonzero(np.equal(a.numpy(), b.numpy())))
+    _, height, width = a.shape
+    row = flat // width
+    return row // height, row % height, flat % width
 
 
 def _space_out(y: Tensor, x: Tensor, alive: Tensor, spacing: float, enough: int) -> Tensor:

@@ -52,6 +52,9 @@ class FCUNetConfig:
         Smallest height of the Bragg map that is a peak: 0 to 1, for the published networks in units of 4 V.
     sigma_scale, sigma_floor_px : float
         Calibration of the position error on held-out prototypes: ``sqrt((scale sigma)^2 + floor^2)``.
+    dilation_std : float
+        Standard deviation of the dilation that all positions of a pattern share beside their own errors, a
+        strain; from the same prototypes.
     """
 
     kind: str = "default"
@@ -72,6 +75,7 @@ class FCUNetConfig:
     threshold: float = 0.3
     sigma_scale: float = 1.0
     sigma_floor_px: float = 0.0
+    dilation_std: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

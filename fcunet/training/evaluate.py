@@ -99,24 +99,45 @@ def match_peaks(peaks: Peaks, batch: Batch, *, margin_px: float = 0.0, match_px:
     )
 
 
-def affine_error(matches: Matches, position: Tensor, *, weighted: bool = True, min_spots: int = 6) -> Tensor:
-    """Strain that the position errors of each pattern would be taken for, (n, 2, 2); NaN with too few spots.
+class AffineErrors(NamedTuple):
+    """What the position errors of each pattern would be taken for, and how far a fit would trust it."""
+
+    strain: Tensor  # (n, 2, 2): error of (y, x) per px of (y, x); NaN with too few spots
+    std: Tensor  # (n, 2): standard deviation of the elements along y and along x, if errors are independent
+
+
+def affine_error(
+    matches: Matches, position: Tensor, *, weighted: bool = True, min_spots: int = 6
+) -> AffineErrors:
+    """Strain that the position errors of each pattern would be taken for.
 
     The errors are fitted by an origin shift and a 2 x 2 matrix times the true position, by least squares with
-    weights 1 / sigma^2: to first order what a lattice fit would make of them.
+    weights 1 / sigma^2: to first order what a lattice fit would make of them. Its standard deviation is that
+    of :func:`fcunet.kernels.lattice_fit.fit_lattice`, scaled by (4 + chi^2) / (4 + degrees of freedom).
     """
     use = matches.found
     sigma = torch.nan_to_num(matches.sigma, nan=1.0) if weighted else torch.ones_like(matches.sigma)
     w = (use / sigma.clamp_min(1e-3).square()).double()  # (n, S)
-    p = torch.nan_to_num(position).double()
-    e = torch.nan_to_num(matches.error).double()
     total = w.sum(1).clamp_min(1e-12)
-    p = p - ((w[..., None] * p).sum(1) / total[:, None])[:, None]
+
+    def centred(v: Tensor) -> Tensor:
+        v = torch.nan_to_num(v).double()
+        return v - ((w[..., None] * v).sum(1) / total[:, None])[:, None]
+
+    p, e = centred(position), centred(matches.error)
     a = torch.einsum("ns,nsi,nsj->nij", w, p, p)
     b = torch.einsum("ns,nsi,nsj->nij", w, e, p)
-    good = (use.sum(1) >= min_spots) & (torch.linalg.det(a) > 1e-9 * torch.linalg.matrix_norm(a).square())
+    count = use.sum(1)
+    good = (count >= min_spots) & (torch.linalg.det(a) > 1e-9 * torch.linalg.matrix_norm(a).square())
     a = torch.where(good[:, None, None], a, torch.eye(2, dtype=a.dtype, device=a.device))
-    return torch.where(good[:, None, None], b @ torch.linalg.inv(a), torch.nan)
+    inverse = torch.linalg.inv(a)
+    strain = b @ inverse
+    rest = e - torch.einsum("nij,nsj->nsi", strain, p)
+    scale = (4 + (w * rest.square().sum(-1)).sum(1)) / (4 + 2 * count - 6)
+    std = (inverse.diagonal(dim1=1, dim2=2) * scale[:, None]).clamp_min(0).sqrt()
+    return AffineErrors(
+        torch.where(good[:, None, None], strain, torch.nan), torch.where(good[:, None], std, torch.nan)
+    )
 
 
 class Totals:
@@ -127,7 +148,7 @@ class Totals:
 
     def add(self, matches: Matches, batch: Batch) -> None:
         """Keep what the figures need of one batch."""
-        strain, uniform = (affine_error(matches, batch.spot_position, weighted=w) for w in (True, False))
+        affine, uniform = (affine_error(matches, batch.spot_position, weighted=w) for w in (True, False))
         electrons = torch.nan_to_num(batch.spot_electrons)
         radius2 = torch.nan_to_num((batch.spot_position - batch.origin[:, None]).square().sum(-1), nan=0.0)
         keep = matches.found & matches.wanted
@@ -143,8 +164,9 @@ class Totals:
                 "n_false": matches.n_false,
                 "error": matches.error[keep],
                 "sigma": matches.sigma[keep],
-                "strain": strain.flatten(1),
-                "strain_uniform": uniform.flatten(1),
+                "strain": affine.strain.flatten(1),
+                "strain_std": affine.std,
+                "strain_uniform": uniform.strain.flatten(1),
                 "truth": truth[beams],
                 "predicted": matches.amplitude[beams],
                 "rescaled": (scale * matches.amplitude)[beams],
@@ -155,8 +177,11 @@ class Totals:
             }
         )
 
-    def figures(self) -> dict[str, float]:
-        """All figures of merit, as plain numbers; NaN where there was nothing to judge."""
+    def figures(self, *, dilation_std: float = 0.0) -> dict[str, float]:
+        """All figures of merit, as plain numbers; NaN where there was nothing to judge.
+
+        `dilation_std` is that of the weights: it belongs to the error bars of the strain.
+        """
         t = {k: torch.cat([row[k] for row in self.rows]) for k in self.rows[0]}
         squared = t["error"].square()
         ratio = (t["error"].abs() / t["sigma"][:, None]).flatten()
@@ -167,6 +192,10 @@ class Totals:
             return _number((a - b).abs().sum() / a.sum().clamp_min(1e-9))
 
         strain = t["strain"][torch.isfinite(t["strain"]).all(1)]
+        in_bars = (
+            t["strain"][:, [0, 3]].abs() / t["strain_std"].square().add(dilation_std**2).sqrt()
+        ).flatten()  # of e_yy and e_xx
+        in_bars = in_bars[torch.isfinite(in_bars)]
         uniform = t["strain_uniform"][torch.isfinite(t["strain_uniform"]).all(1)]
         return {
             "recall": _number(t["found"].sum() / t["wanted"].sum().clamp_min(1)),
@@ -176,6 +205,8 @@ class Totals:
             "strain_rms_1e-3": 1e3 * _trimmed_rms(strain),
             "strain_uniform_rms_1e-3": 1e3 * _trimmed_rms(uniform),
             "strain_bias_1e-3": 1e3 * _number(strain[:, [0, 3]].median()) if len(strain) else torch.nan,
+            "strain_coverage_1": _number((in_bars < 1).float().mean()),
+            "strain_coverage_2": _number((in_bars < 2).float().mean()),
             "coverage_1": _number((ratio < 1).float().mean()),
             "coverage_2": _number((ratio < 2).float().mean()),
             "sigma_68": _number(ratio.quantile(0.6827)) if 0 < len(ratio) < 10_000_000 else torch.nan,
@@ -224,7 +255,11 @@ def network_detector(model: Network, *, threshold: float | None = None, max_num_
 
 
 def evaluate(
-    detector: Detector, batches: Iterable[Batch], *, margin_px: float | None = None
+    detector: Detector,
+    batches: Iterable[Batch],
+    *,
+    margin_px: float | None = None,
+    dilation_std: float = 0.0,
 ) -> dict[str, float]:
     """Figures of merit of `detector` on `batches`.
 
@@ -237,6 +272,8 @@ def evaluate(
     margin_px : float, optional
         Disks nearer to the border are not asked for. Default: half the disk radius of each batch's first
         probe.
+    dilation_std : float
+        Of the weights, see :class:`fcunet.nn.model.FCUNetConfig`.
     """
     totals = Totals()
     for batch in batches:
@@ -244,7 +281,7 @@ def evaluate(
         totals.add(match_peaks(detector(batch), batch, margin_px=margin), batch)
     if not totals.rows:
         raise ValueError("no batches to evaluate on; give at least one")
-    return totals.figures()
+    return totals.figures(dilation_std=dilation_std)
 
 
 def _best_scale(truth: Tensor, guess: Tensor, keep: Tensor) -> Tensor:

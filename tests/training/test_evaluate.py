@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fcunet.kernels.peaks import Peaks
-from fcunet.training.calibration import fit_sigma
+from fcunet.training.calibration import fit_dilation, fit_sigma
 from fcunet.training.evaluate import affine_error, evaluate, match_peaks
 
 
@@ -63,8 +63,31 @@ def test_affine_error__recovers_a_strained_pattern(batch):
     strain = torch.tensor([[2e-3, -1e-3], [5e-4, -3e-3]])
     moved = batch.spot_position + (batch.spot_position - 64) @ strain.T + 0.2
     matches = match_peaks(peaks_at(moved, batch.spot_amplitude), batch)
-    found = affine_error(matches, batch.spot_position)
+    found = affine_error(matches, batch.spot_position).strain
     torch.testing.assert_close(found, strain.double().expand(4, 2, 2), rtol=0, atol=2e-5)
+
+
+def test_affine_error__knows_its_own_spread(batch):
+    generator = torch.Generator().manual_seed(2)
+    ratios = []
+    for _ in range(100):
+        noisy = batch.spot_position + 0.1 * torch.randn(batch.spot_position.shape, generator=generator)
+        matches = match_peaks(peaks_at(noisy, batch.spot_amplitude, 0.1), batch)
+        found = affine_error(matches, batch.spot_position)
+        ratios.append(found.strain / found.std[:, None])
+    ratio = torch.cat(ratios)
+    assert float(ratio.square().mean()) == pytest.approx(1, rel=0.1)  # 1600 values: 3.5 %
+
+
+def test_fit_dilation__finds_what_is_shared():
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for std in (1e-4, 5e-4, 2e-3):
+        bars = torch.full((20_000,), std)
+        shared = 4e-4 * torch.randn(20_000, generator=generator)
+        pairs.append((shared + bars * torch.randn(20_000, generator=generator), bars))
+    assert fit_dilation(pairs) == pytest.approx(4e-4, rel=0.13)  # its grid is 5e-5 wide
+    assert fit_dilation([]) == 0.0
 
 
 def test_fit_sigma__finds_scale_and_floor():
