@@ -33,10 +33,8 @@ VIRTUAL_NAMES = ("bf", "adf", "total", "com_qy", "com_qx")
 
 _NEIGHBOURS = 8  # good pixels that stand in for a bad one
 _MAX_BATCH = {"cpu": 64, "cuda": 512}
-# pixels of a batch on the CPU, fastest of the powers of two for detectors of 64 to 256 px: 8 patterns of 128
-# x 128
-# for the network (1.5 times as fast as 32), 64 for correlation, which cuts them further itself
-_CPU_BATCH_PIXELS = {"fcunet": 2**17, "correlation": 2**20, "cepstral": 2**18}
+# pixels of a batch on the CPU: what fits the cache, as far as calls do not count; correlation cuts it further
+_CPU_BATCH_PIXELS = {"fcunet": 2**18, "correlation": 2**20, "cepstral": 2**18}
 # device memory per pixel of a pattern, bytes: float32 feature maps of the network, images and spectra of
 # correlation
 _BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128, "cepstral": 256}
@@ -178,6 +176,7 @@ def build_detector(
 
     from .kernels.correlation import centre_probe
     from .nn.detect import detect
+    from .nn.model import FCUNet
     from .nn.weights import load_model
 
     model = load_model(config.weights, device=device, precision=config.precision)
@@ -189,11 +188,14 @@ def build_detector(
     centred = centre_probe(probe)
     optics = torch.tensor([[calibration.beam_energy_keV, calibration.aperture_radius]], device=device)
 
+    with torch.inference_mode():
+        prepared = model.prepare(centred[None], centred) if isinstance(model, FCUNet) else centred
+
     def infer(patterns: Tensor) -> Peaks:
         return detect(
             model,
             patterns,
-            centred,
+            prepared,
             optics=optics,
             threshold=config.threshold,
             min_peak_spacing=float(spacing),

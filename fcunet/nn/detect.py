@@ -5,13 +5,13 @@ from torch import Tensor
 
 from ..kernels.peaks import Peaks
 from .decode import decode, select_peaks
-from .model import AMPLITUDE_UNIT_V, FCUNet, Network
+from .model import AMPLITUDE_UNIT_V, FCUNet, Network, PreparedProbe
 
 
 def detect(
     model: Network,
     patterns: Tensor,
-    probes: Tensor,
+    probes: Tensor | PreparedProbe,
     *,
     optics: Tensor | None = None,
     threshold: float | None = None,
@@ -31,8 +31,9 @@ def detect(
         In eval mode, on the device of `patterns`.
     patterns : Tensor, shape (n, H, W)
         Counts.
-    probes : Tensor, shape (n, H, W) or (H, W)
-        Vacuum probe, centred at (H // 2, W // 2).
+    probes : Tensor, shape (n, H, W) or (H, W), or PreparedProbe
+        Vacuum probe, centred at (H // 2, W // 2); for many batches of one scan, what
+        :meth:`~fcunet.nn.model.FCUNet.prepare` makes of it.
     optics : Tensor, shape (n or 1, 2), optional
         Beam energy in keV and radius of the aperture in 1/angstrom, NaN where unknown; for |V_g| only.
     threshold : float, optional
@@ -50,6 +51,8 @@ def detect(
     """
     threshold = model.config.threshold if threshold is None else threshold
     with_reader = isinstance(model, FCUNet) and model.reader is not None
+    if isinstance(model, FCUNet):
+        probes = model.prepare(patterns, probes, binning=binning)
     found = decode(
         model(patterns, probes, binning=binning),
         threshold=threshold,

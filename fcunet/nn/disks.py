@@ -59,20 +59,55 @@ def cut_disks(images: Tensor, y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
     Tensor, shape (n, P, C, 16, 16)
         Averages over cells of 0.175 radii; outside the frame zero.
     """
+    n, slots = y.shape
+    owner = torch.arange(n, device=y.device).repeat_interleave(slots)
+    cut = _cut(images, owner, y.reshape(-1), x.reshape(-1), radius.expand(n)[owner])
+    return cut.unflatten(0, (n, slots))
+
+
+def _cut(images: Tensor, owner: Tensor, y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+    """:func:`cut_disks` of a list of disks (D,), each in the image `owner`: (D, C, 16, 16)."""
+    (rows, along_y), (columns, along_x) = (
+        _cells(centre, radius, size) for centre, size in zip((y, x), images.shape[2:], strict=True)
+    )
     n, channels, height, width = images.shape
+    row = (owner[:, None] * (channels * height) + rows) * width  # (D, S), of the first channel
+    channel = torch.arange(channels, device=y.device) * (height * width)
+    place = (row[:, None, :, None] + channel[:, None, None] + columns[:, None, None]).flatten()
+    squares = images.reshape(-1).index_select(0, place).view(len(y), channels, *row.shape[1:], -1)
+    return along_y[:, None] @ squares @ along_x[:, None].transpose(-1, -2)
+
+
+def _inside(y: Tensor, x: Tensor, radius: Tensor, frame: tuple[int, int]) -> Tensor:
+    """Share of each cell around disks (D,) that lies inside the frame (H, W): (D, 16, 16)."""
+    along_y, along_x = (
+        _cells(centre, radius, size)[1].sum(-1) for centre, size in zip((y, x), frame, strict=True)
+    )
+    return along_y[:, :, None] * along_x[:, None]
+
+
+def _cells(centre: Tensor, radius: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels that 16 cells around `centre` (D,) take in along one axis, and with what weight.
+
+    Bilinear samples on a grid factor into rows and columns, and so does their mean over a cell.
+
+    Returns
+    -------
+    pixels : Tensor of int, shape (D, S)
+        Clamped to the frame.
+    weights : Tensor, shape (D, 16, S)
+        Zero outside the frame, and for NaN.
+    """
     points = CELLS * _SAMPLES
-    steps = ((torch.arange(points, device=images.device) + 0.5) / points * 2 - 1) * HALF_WIDTH
-    steps = steps * radius.view(-1, 1, 1)  # (n|1, 1, S) px
-    rows = torch.nan_to_num(y, nan=-1e6)[..., None] + steps  # (n, P, S)
-    columns = torch.nan_to_num(x, nan=-1e6)[..., None] + steps
-    rows, columns = rows * (2 / max(height - 1, 1)) - 1, columns * (2 / max(width - 1, 1)) - 1
-    shape = (n, y.shape[1], points, points)
-    grid = torch.stack((columns[:, :, None].expand(shape), rows[..., None].expand(shape)), dim=-1)
-    cut = F.grid_sample(
-        images, grid.reshape(n, -1, points, 2), mode="bilinear", padding_mode="zeros", align_corners=True
-    )  # (n, C, P S, S)
-    cut = cut.view(n, channels, -1, CELLS, _SAMPLES, CELLS, _SAMPLES).mean((4, 6))
-    return cut.transpose(1, 2)
+    steps = ((torch.arange(points, device=centre.device) + 0.5) / points * 2 - 1) * HALF_WIDTH
+    places = torch.nan_to_num(centre, nan=-1e6)[:, None] + steps * radius[:, None]  # (D, 32)
+    first = places[:, :1].detach().floor()
+    span = torch.arange(int(2 * HALF_WIDTH * float(radius.max())) + 3, device=centre.device)  # (S,)
+    weights = 1 - ((places - first)[..., None] - span).abs_()  # (D, 32, S)
+    weights = weights.clamp_min(0).unflatten(1, (CELLS, _SAMPLES)).mean(2)
+    pixels = first.long() + span
+    outside = (pixels < 0) | (pixels >= size)
+    return pixels.clamp(0, size - 1), weights.masked_fill(outside[:, None], 0.0)
 
 
 def rotary_code(y: Tensor, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -104,6 +139,17 @@ def in_groups(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     return torch.cat(parts)[:d]
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention (..., heads, P, C) to the slots of `mask` (n, P), or to all.
+
+    Written out: on CPUs the fused kernel's backward pass is several times slower for so few tokens.
+    """
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (..., heads, P, P)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(-1).to(v) @ v
+
+
 class DiskAttention(nn.Module):
     """Pre-norm transformer block over the disks of a pattern; positions enter as rotations of q and k."""
 
@@ -116,18 +162,38 @@ class DiskAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
 
     def forward(self, t: Tensor, code: tuple[Tensor, Tensor], present: Tensor) -> Tensor:
-        """Tokens (D, C) of the disks `present` (n, P); position code (n, 1, P, C / heads / 2) -> (D, C)."""
-        n, p = present.shape
+        """Tokens (D, C) of the disks `present` (n, P); position code (n, P, C / heads / 2) -> (D, C)."""
         packed = in_groups(lambda v: self.qkv(self.norm1(v)), t)  # (D, 3 C)
+        if torch.is_grad_enabled() or t.device.type != "cpu":
+            a = self._attend_in_slots(packed, code, present)
+        else:
+            a = self._attend_one_by_one(packed, code, present)
+        return in_groups(self.mix, t, a)
+
+    def _attend_in_slots(self, packed: Tensor, code: tuple[Tensor, Tensor], present: Tensor) -> Tensor:
+        """Attention of all patterns at once, empty slots included; (D, 3 C) -> (D, C)."""
+        n, p = present.shape
         qkv = packed.new_zeros(n, p, packed.shape[-1])
         qkv[present] = packed
         split = qkv.view(n, p, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (_turn(v, *(a.to(v) for a in code)) for v in (split[0], split[1]))  # (n, heads, P, C / heads)
-        # written out: on CPUs the fused kernel's backward pass is several times slower for so few tokens
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (n, heads, P, P)
+        q, k = (_turn(v, *(a[:, None].to(v) for a in code)) for v in (split[0], split[1]))
         mask = present | ~present.any(1, keepdim=True)  # an empty pattern attends anywhere
-        a = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).to(qkv) @ split[2]
-        return in_groups(self.mix, t, a.transpose(1, 2).reshape(n, p, -1)[present])
+        a = _attend(q, k, split[2], mask)  # (n, heads, P, C / heads)
+        return a.transpose(1, 2).reshape(n, p, -1)[present]
+
+    def _attend_one_by_one(self, packed: Tensor, code: tuple[Tensor, Tensor], present: Tensor) -> Tensor:
+        """The same without the empty slots: less work, and no result depends on the patterns beside it."""
+        d = len(packed)
+        qkv = packed.view(d, 3, self.heads, -1)
+        cos, sin = (a[present].to(packed)[:, None, None] for a in code)  # (D, 1, 1, C / heads / 2)
+        qk = _turn(qkv[:, :2], cos, sin)  # (D, 2, heads, C / heads)
+        counts = present.sum(1).tolist()
+        parts = []
+        for one, values in zip(qk.split(counts), qkv[:, 2].split(counts), strict=True):
+            q, k = one.permute(1, 2, 0, 3)  # (heads, p, C / heads)
+            a = _attend(q, k, values.transpose(0, 1))
+            parts.append(a.transpose(0, 1).flatten(1))
+        return torch.cat(parts)
 
     def mix(self, t: Tensor, a: Tensor) -> Tensor:
         """What follows attention, disk by disk."""
@@ -212,9 +278,10 @@ class DiskReader(nn.Module):
             nothing = patterns.new_zeros(n, slots)
             return DiskReading(nothing[..., None].expand(n, slots, 2), nothing, nothing)
         radius = radius.expand(n)
-        inside = torch.ones_like(patterns)
-        cut = cut_disks(torch.stack((patterns, inside), dim=1), y, x, radius)[present]  # (D, 2, 16, 16)
-        cut, inside = cut[:, 0], cut[:, 1]
+        owner = torch.arange(n, device=y.device)[:, None].expand(n, slots)[present]  # (D,)
+        disk_y, disk_x, disk_radius = y[present], x[present], radius[owner]
+        cut = _cut(patterns[:, None], owner, disk_y, disk_x, disk_radius)[:, 0]  # (D, 16, 16)
+        inside = _inside(disk_y, disk_x, disk_radius, (patterns.shape[1], patterns.shape[2]))
         middle_y, middle_x = (
             patterns.new_full((len(probes), 1), float(size // 2)) for size in probes.shape[-2:]
         )
@@ -222,7 +289,6 @@ class DiskReader(nn.Module):
             :, 0, 0
         ]  # (n|1, 16, 16)
         probe = probe / probe.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
-        owner = torch.arange(n, device=y.device)[:, None].expand(n, slots)[present]  # (D,)
         probe = probe[owner] if len(probe) > 1 else probe.expand(len(cut), CELLS, CELLS)
         light = (cut * probe).sum((-2, -1)) / (probe * inside).sum((-2, -1)).clamp_min(1e-3)  # (D,)
         local = (cut / (light + 1e-7)[:, None, None]).clamp(0, 25)
@@ -255,7 +321,6 @@ class DiskReader(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
             disks = in_groups(lambda a, b: self.disk(a) + self.scalars(b), images, scalars)  # (D, C)
             code = rotary_code(py, px, disks.shape[-1] // self.heads)
-            code = (code[0][:, None], code[1][:, None])
             t = disks
             for block in self.blocks:
                 t = block(t, code, present)

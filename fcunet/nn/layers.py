@@ -181,6 +181,28 @@ class ProbeFilters(nn.Module):
         ----------
         x : Tensor, shape (n, C, H, W)
             Real; H and W multiples of 4.
+        probes, radius
+            As for :meth:`response`.
+
+        Returns
+        -------
+        Tensor, shape (n, 2 K, H / 2, W / 2)
+            Real float32. Pixel i lies at ``2 i + 0.5`` of the input.
+        """
+        return self.filtered(x, self.response(probes, radius))
+
+    def filtered(self, x: Tensor, response: Tensor) -> Tensor:
+        """:meth:`forward` with what :meth:`response` gave."""
+        height, width = x.shape[-2:]
+        z = _inner_spectrum(x)  # (n, C, H/2, W/4+1) complex
+        mixed = torch.einsum("kc,ncyx->nkyx", self.mix.to(z.dtype), z)  # (n, K, ...)
+        return torch.fft.irfft2(torch.cat((mixed, mixed), dim=1) * response, s=(height // 2, width // 2))
+
+    def response(self, probes: Tensor, radius: Tensor) -> Tensor:
+        """What the filters multiply the spectrum with.
+
+        Parameters
+        ----------
         probes : Tensor, shape (n or 1, H, W)
             Unit sum, centre at pixel [0, 0] (wrapped).
         radius : Tensor, shape (n or 1,)
@@ -188,20 +210,13 @@ class ProbeFilters(nn.Module):
 
         Returns
         -------
-        Tensor, shape (n, 2 K, H / 2, W / 2)
-            Real float32. Pixel i lies at ``2 i + 0.5`` of the input.
+        Tensor, shape (n or 1, 2 K, H / 2, W / 4 + 1), complex
         """
-        height, width = x.shape[-2:]
-        ky = torch.fft.fftfreq(height, device=x.device)
+        height, width = probes.shape[-2:]
+        ky = torch.fft.fftfreq(height, device=probes.device)
         ky = torch.cat((ky[: height // 4], ky[height - height // 4 :]))  # (H/2,) inner half
-        kx = torch.fft.rfftfreq(width, device=x.device)[: width // 4 + 1]  # (W/4 + 1,)
-
-        def spectrum(image: Tensor) -> Tensor:
-            z = torch.fft.rfft2(image)[..., : width // 4 + 1]
-            return torch.cat((z[..., : height // 4, :], z[..., height - height // 4 :, :]), dim=-2)
-
-        z = spectrum(x)  # (n, C, H/2, W/4+1) complex
-        p = spectrum(probes)[:, None]  # (n|1, 1, H/2, W/4+1) complex
+        kx = torch.fft.rfftfreq(width, device=probes.device)[: width // 4 + 1]  # (W/4 + 1,)
+        p = _inner_spectrum(probes)[:, None]  # (n|1, 1, H/2, W/4+1) complex
         # half a pixel of phase: the coarse pixel grid sits between the fine pixels
         shift = torch.exp(1j * math.pi * (ky[:, None] + kx)) / 4  # 1/4: fewer points in the inverse transform
         q = torch.hypot(ky[:, None], kx)  # (H/2, W/4+1) cycles per px
@@ -213,12 +228,19 @@ class ProbeFilters(nn.Module):
             p.conj() * torch.exp(-torch.sigmoid(self.power)[:, None, None] * modulus) * shift
         )  # (n|1, K, ...)
         theta = torch.atan2(ky[:, None].expand_as(q), kx.expand_as(q))
-        m = torch.tensor(self.orders, device=x.device)[:, None, None]
+        m = torch.tensor(self.orders, device=probes.device)[:, None, None]
         cos, sin = torch.cos(m * theta), torch.sin(m * theta)  # (K, H/2, W/4+1)
         even, odd = profile.unbind(1)
         turned = torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=1)  # (n|1, 2 K, H/2, W/4+1)
-        mixed = torch.einsum("kc,ncyx->nkyx", self.mix.to(z.dtype), z) * (wiener * self.unit)  # (n, K, ...)
-        return torch.fft.irfft2(torch.cat((mixed, mixed), dim=1) * turned, s=(height // 2, width // 2))
+        wiener = wiener * self.unit
+        return torch.cat((wiener, wiener), dim=1) * turned
+
+
+def _inner_spectrum(images: Tensor) -> Tensor:
+    """Real FFT of images (..., H, W), the inner half of it: (..., H / 2, W / 4 + 1) complex."""
+    height, width = images.shape[-2:]
+    z = torch.fft.rfft2(images)[..., : width // 4 + 1]
+    return torch.cat((z[..., : height // 4, :], z[..., height - height // 4 :, :]), dim=-2)
 
 
 class TokenAttention(nn.Module):

@@ -20,6 +20,7 @@ from .layers import ProbeFilters, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
 LOG_SIGMA_RANGE = (-5.0, 0.5)  # natural log of px of the binned frame: 0.007 to 1.6 px
+FLOAT32_LAYERS = ("position_head", "amplitude_head")  # whatever the precision of the rest
 KINDS = ("default", "paper", "paired")
 MULTIPLE = 16  # frames are padded to a multiple of this
 
@@ -141,6 +142,30 @@ class NetworkOutput(NamedTuple):
         return AMPLITUDE_UNIT_V * self.root_amplitude.clamp_min(0).square()
 
 
+class PreparedProbe(NamedTuple):
+    """What both stages need of the probes of a batch, the same for all batches of a scan.
+
+    Attributes
+    ----------
+    frame : tuple of int
+        (H, W) of the detector.
+    radius : Tensor, shape (n or 1,)
+        Disk radius, detector px.
+    binning : int
+        Detector pixels binned before the network.
+    response : Tensor, shape (n or 1, 2 K, h / 2, w / 4 + 1), complex
+        Of the Fourier filters.
+    centred : Tensor, shape (n or 1, h, w)
+        Binned probe, centred at (h // 2, w // 2).
+    """
+
+    frame: tuple[int, int]
+    radius: Tensor
+    binning: int
+    response: Tensor
+    centred: Tensor
+
+
 class ConvBlock(nn.Sequential):
     """Two 3x3 convolutions with batch norm and ReLU; the first may halve the sampling."""
 
@@ -195,6 +220,13 @@ class Network(nn.Module):
                     assert isinstance(norm, nn.BatchNorm2d)
                     block[i] = fuse_conv_bn_eval(conv, norm)
                     block[i + 1] = nn.Identity()
+        return self
+
+    def store_bf16(self) -> Self:
+        """Keep weights that compute in bf16 in bf16 (in place), instead of rounding them for every batch."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and name not in FLOAT32_LAYERS:
+                layer.to(torch.bfloat16)
         return self
 
     def binning(self, radius: Tensor) -> int:
@@ -263,14 +295,36 @@ class FCUNet(Network):
             self.amplitude_head.weight.mul_(0.1)
             self.amplitude_head.bias = nn.Parameter(torch.full((4,), 0.5))
 
-    def forward(self, patterns: Tensor, probes: Tensor, *, binning: int | None = None) -> NetworkOutput:
+    def prepare(
+        self, patterns: Tensor, probes: Tensor | PreparedProbe, *, binning: int | None = None
+    ) -> PreparedProbe:
+        """What depends on the probes alone; give it to :meth:`forward` and :meth:`read_disks` in their place.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`forward`.
+        """
+        if isinstance(probes, PreparedProbe):
+            return probes
+        frame, probes, radius = check_inputs(patterns, probes)
+        binning = binning or self.binning(radius)
+        at_origin = bin_frame(roll_to_origin(probes), binning, wrapped=True)  # (n|1, h, w)
+        with torch.autocast(probes.device.type, enabled=False):
+            unit = at_origin / at_origin.sum(dim=(-2, -1), keepdim=True)
+            response = self.filters.response(unit, radius / binning)
+        return PreparedProbe(frame, radius, binning, response, torch.fft.fftshift(at_origin, dim=(-2, -1)))
+
+    def forward(
+        self, patterns: Tensor, probes: Tensor | PreparedProbe, *, binning: int | None = None
+    ) -> NetworkOutput:
         """Maps of a batch of patterns.
 
         Parameters
         ----------
         patterns : Tensor, shape (n, H, W)
             Counts, or anything proportional to them; negative values count as zero. Must be finite.
-        probes : Tensor, shape (n, H, W) or (H, W)
+        probes : Tensor, shape (n, H, W) or (H, W), or PreparedProbe
             Vacuum probe, centred at pixel (H // 2, W // 2), any scale.
         binning : int, optional
             Detector pixels binned before the network. Default: what the disk radius asks for.
@@ -286,20 +340,18 @@ class FCUNet(Network):
             If shapes disagree, a probe is empty, or the probes of one batch differ so much in radius that
             they need different binning.
         """
-        frame, probes, radius = check_inputs(patterns, probes)
-        binning = binning or self.binning(radius)
+        frame, radius, binning, response, _ = self.prepare(patterns, probes, binning=binning)
         x = bin_frame(patterns.float().clamp_min(0), binning)  # (n, h, w)
-        p = bin_frame(roll_to_origin(probes), binning, wrapped=True)  # (n|1, h, w)
 
         with torch.autocast(x.device.type, enabled=False):
             level = brightness(x)  # (n,) counts
             x = x / level[:, None, None].clamp_min(1e-30)  # the brightest disk is about 1
             x = torch.stack((x.sqrt(), torch.log1p(300 * x) / 5.7), dim=1)  # (n, 2, h, w)
-            p = p / p.sum(dim=(-2, -1), keepdim=True)
-            filtered = self.filters(x, p, radius / binning)  # (n, 8, h/2, w/2)
+            filtered = self.filters.filtered(x, response)  # (n, 8, h/2, w/2)
         size = (radius / binning / 5).log()[:, None, None, None].expand(len(x), 1, *filtered.shape[-2:])
         x = torch.cat((F.pixel_unshuffle(x, 2), filtered, size), dim=1)  # (n, 17, h/2, w/2)
-        x = self.input_norm(x).contiguous(memory_format=torch.channels_last)
+        kind = torch.bfloat16 if self.precision == "bf16" else x.dtype
+        x = self.input_norm(x).to(kind, memory_format=torch.channels_last)
 
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             x0 = self.enc0(x)  # (n, 24, h/2, w/2)
@@ -322,7 +374,7 @@ class FCUNet(Network):
     def read_disks(
         self,
         patterns: Tensor,
-        probes: Tensor,
+        probes: Tensor | PreparedProbe,
         y: Tensor,
         x: Tensor,
         *,
@@ -342,11 +394,9 @@ class FCUNet(Network):
             scale of |V_g| is a guess; positions do not depend on it.
         """
         assert self.reader is not None
-        _, probes, radius = check_inputs(patterns, probes)
-        b = binning or self.binning(radius)
+        _, radius, b, _, probe = self.prepare(patterns, probes, binning=binning)
         image = bin_frame(patterns.float().clamp_min(0), b)
         image = image / brightness(image)[:, None, None].clamp_min(1e-30)
-        probe = torch.fft.fftshift(bin_frame(roll_to_origin(probes), b, wrapped=True), dim=(-2, -1))
         inner = (b - 1) / 2  # detector px of the centre of a binned pixel
         found = self.reader(
             image,

@@ -123,6 +123,8 @@ def load_model(
         if key not in _models:
             model = _build(folder, values).to(where)
             model.precision = precision
+            if precision == "bf16" and model.config.kind == "default":
+                model.store_bf16()
             _models[key] = model
         return _models[key]
 

@@ -6,7 +6,7 @@ import torch
 from fcunet.kernels.peaks import Peaks
 from fcunet.nn.decode import decode
 from fcunet.nn.detect import detect, structure_factor_image
-from fcunet.nn.disks import CELLS, HALF_WIDTH, DiskReader, cut_disks, in_groups
+from fcunet.nn.disks import CELLS, HALF_WIDTH, DiskReader, cut_disks, in_groups, rotary_code
 from fcunet.nn.model import FCUNet, FCUNetConfig, brightness
 
 
@@ -114,6 +114,19 @@ def test_disk_reader__no_disks_no_garbage(reader):
         torch.zeros(1, 64, 64), disks([(32, 32)], 5.0, (64, 64)), *as_slots([], 3), torch.tensor([5.0])
     )
     assert all(bool(torch.isfinite(v).all()) for v in out)
+
+
+def test_disk_attention__without_empty_slots_gives_the_same(reader):
+    generator = torch.Generator().manual_seed(4)
+    present = torch.zeros(3, 9, dtype=torch.bool)
+    present[0, :5] = present[2, 3:] = True  # one pattern is empty
+    t = torch.randn(int(present.sum()), 32, generator=generator)
+    code = rotary_code(*torch.randn(2, 3, 9, generator=generator), 16)
+    block = reader.blocks[0]
+    with torch.enable_grad():
+        expected = block(t, code, present)
+    with torch.no_grad():
+        torch.testing.assert_close(block(t, code, present), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_in_groups__gives_what_the_function_gives():

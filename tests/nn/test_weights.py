@@ -35,6 +35,17 @@ def test_load_model__gives_back_what_was_saved(folder):
     )
 
 
+def test_load_model__stores_weights_as_they_are_computed_with(folder):
+    model = load_model(folder, device="cpu", precision="bf16")
+    assert model.enc1[0].weight.dtype == torch.bfloat16
+    assert model.position_head.weight.dtype == torch.float32
+    rounded = load_model(folder, device="cpu", precision="fp32")
+    rounded.precision = "bf16"  # rounds its weights in every call
+    x, probe = torch.rand(1, 32, 32), torch.ones(32, 32)
+    for a, b in zip(model(x, probe)[:4], rounded(x, probe)[:4], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_load_model__loads_once_for_many_threads(folder):
     found = []
     threads = [
