@@ -136,7 +136,7 @@ def test_workflow_script__does_the_same(slurm, store, serial, profile, tmp_path)
     said = finish(start([
         sys.executable, str(ROOT / "workflows" / "strain_mapping.py"), str(store), "--out", str(out),
         "--config", str(settings), "--method", "correlation", "--cluster", str(profile()), "--workers", "2",
-    ]))  # fmt: skip
+    ], cwd=tmp_path))  # fmt: skip
     assert "e_xx" in said
     assert_same_bytes(out, serial)
     with xr.open_datatree(out / "strain.zarr", engine="zarr", consolidated=False) as tree:
