@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import zarr
 from distributed import Client, Future, KilledWorker
+from distributed.comm import CommClosedError
 
 from . import schema
 from .calibration import Calibration
@@ -315,6 +316,8 @@ def run_tiles(
                 on_tick,
                 stop,
             )
+    except CommClosedError as err:  # the scheduler died while it was asked
+        raise ConnectionError(_GONE) from err
     finally:
         window.cancel()
     return counts
@@ -398,7 +401,7 @@ class _Window:
         if now - self._asked > 2 or not self._workers:
             try:
                 threads = self._eligible(self.client.nthreads())
-            except OSError as err:  # the scheduler died while it was asked
+            except OSError as err:
                 raise ConnectionError(_GONE) from err
             self._workers, self._slots, self._asked = len(threads), sum(threads.values()), now
         # one more per worker than it has threads: the next tile is there when one ends

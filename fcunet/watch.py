@@ -35,6 +35,8 @@ _NEVER = {
     "QOSMaxWallDurationPerJobLimit": "walltime",
     "AssocMaxWallDurationPerJobLimit": "walltime",
 }
+# states of jobs whose end says nothing about the environment
+_ENDED_BY_OTHERS = ("CANCELLED", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
 
 
 class JobWatch:
@@ -175,8 +177,10 @@ class JobWatch:
         """Submit the job anew while there is hope, else give up."""
         self._deaths += 1
         tail = log_tail(self.cluster._dummy_job.log_directory, f"*-{job_id}.*")
-        message = f"job {job_id} {what}. {job_facts(job_id)}{tail}"
-        if (not workers and not self._started) or self._deaths > self.settings.retries:
+        facts = job_facts(job_id)
+        message = f"job {job_id} {what}. {facts}{tail}"
+        innocent = any(f"JobState={state}" in facts for state in _ENDED_BY_OTHERS)
+        if (not workers and not self._started and not innocent) or self._deaths > self.settings.retries:
             raise ClusterError(
                 message + "\nCheck job-script-prologue, python and interface in the profile "
                 "(fcunet doctor --cluster PROFILE tries one job)."

@@ -404,3 +404,14 @@ def test_import_jobqueue__leaves_ctrl_c_alone():
         "assert signal.getsignal(signal.SIGINT) is before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_table_of_faults__names_tests_that_exist():
+    root = Path(__file__).parents[1]
+    named = re.findall(
+        r"`(?:tests/)?(test_\w+\.py)::(\w+)`", (root / "cluster/slurm-lab/README.md").read_text()
+    )
+    assert len(named) > 25
+    for file, test in set(named):
+        [path] = (root / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text()

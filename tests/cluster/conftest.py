@@ -4,13 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from flat_scan import draw_datacube
-from lab import LAB, SETTINGS, WALLTIME_JOB, jobs, run_command, start, until, write_profile
+from lab import LAB, SETTINGS, SLOW, WALLTIME_JOB, jobs, run_command, start, until, write_profile
 
 from fcunet import runner
 from fcunet.cluster import connect
@@ -118,7 +117,7 @@ def walltime_runs(request, tmp_path_factory):
         site = write_profile(folder / f"{way}.yaml", queue="short", walltime="00:01:00", **jobs)
         command = run_command(store, folder / way, site, "--workers", "2")
         process = start(
-            [sys.executable, str(Path(__file__).with_name("slow_fcunet.py")), *command[1:]],
+            SLOW + command[1:],
             env=os.environ | {"FCUNET_TEST_TILE_S": "3"},
         )
         running[way] = (process, folder / way)

@@ -18,6 +18,10 @@ from fcunet.store import read_status
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "cluster" / "slurm-lab" / "slurm-lab.sh"
 FCUNET = str(Path(sys.executable).with_name("fcunet"))
+SLOW = [sys.executable, str(Path(__file__).with_name("slow_fcunet.py"))]
+PATIENCE = float(
+    os.environ.get("FCUNET_TEST_PATIENCE", "1")
+)  # more on a machine that is busy with other work
 SETTINGS = {"method": "correlation", "device": "cpu", "max_num_peaks": 32}
 OPTIONS = ["--method", "correlation", "--device", "cpu", "--max-num-peaks", "32"]
 WALLTIME_JOB = "walltime"
@@ -64,13 +68,14 @@ def start(command: list[str], **settings) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """What a process said, all of it; it must end with `status`."""
-    output, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=400 * PATIENCE)
     assert process.returncode == status, output + errors
     return output + errors
 
 
 def until(happened: Callable[[], object], what: str, seconds: float = 120.0, process=None):
     """Wait for an event and return it; `what` is said when it does not come, or `process` ends before."""
+    seconds *= PATIENCE
     end = time.monotonic() + seconds
     while not (found := happened()):
         if process is not None and process.poll() is not None:
@@ -191,12 +196,24 @@ def _is_keeper(entry: Path, folder: Path, node: str) -> bool:
 
 def start_node(folder: Path, node: str) -> None:
     subprocess.run(["slurmd", "-f", f"{folder}/etc/slurm.conf", "-N", node], check=True)
+    until(lambda: daemon(folder, f"slurmd-{node}"), f"the daemon of {node}")
 
 
-def all_idle_or_busy() -> bool:
-    """Whether no node is down or closing."""
-    answer = subprocess.run(["timeout", "5", "sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
-    return answer.returncode == 0 and set(answer.stdout.split()) <= {"idle", "mixed", "allocated"}
+def wait_for_nodes(folder: Path) -> None:
+    """Wait until no node is down or closing."""
+
+    def all_idle_or_busy():
+        answer = subprocess.run(
+            ["timeout", "5", "sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True
+        )
+        return answer.returncode == 0 and set(answer.stdout.split()) <= {"idle", "mixed", "allocated"}
+
+    try:
+        until(all_idle_or_busy, "the return of the nodes")
+    except AssertionError as err:
+        nodes = subprocess.run(["scontrol", "show", "node"], capture_output=True, text=True).stdout
+        logs = [path.read_text()[-3000:] for path in (folder / "log").glob("slurm*.log")]
+        raise AssertionError("\n".join([str(err), nodes, *logs])) from None
 
 
 def failed_blocks(out: Path) -> list[list[int]]:

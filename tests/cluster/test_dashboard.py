@@ -1,5 +1,6 @@
 """What a person sees of a run on SLURM: pages, numbers, through a proxy, in a browser; who may connect."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import pytest
 import slow_tile
 from conftest import free_ports
 from distributed import Client
-from lab import SETTINGS, blocks_done, processes, until
+from lab import PATIENCE, SETTINGS, blocks_done, processes, until
 
 from fcunet import runner, tiles
 from fcunet.config import Config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600 * PATIENCE)]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def test_scheduler__lets_nobody_in_without_the_certificate_of_the_run(running):
 @contextmanager
 def browser(width=1600, height=1000):
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no browser here: apt-get install chromium chromium-driver")
+        text = "no browser here: apt-get install chromium chromium-driver"
+        pytest.fail(text) if os.environ.get("CI") else pytest.skip(text)
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install 'fcunet[browser]'")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")

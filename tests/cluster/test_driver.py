@@ -10,8 +10,10 @@ import sys
 import pytest
 import xarray as xr
 from lab import (
+    PATIENCE,
     ROOT,
     SETTINGS,
+    SLOW,
     assert_clean,
     assert_same_bytes,
     blocks_done,
@@ -26,9 +28,7 @@ from fcunet import runner
 from fcunet.config import Config
 from fcunet.lock import RunLockedError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-SLOW = [sys.executable, str(ROOT / "tests" / "cluster" / "slow_fcunet.py")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600 * PATIENCE)]
 
 
 def slow(command):
@@ -70,7 +70,7 @@ def test_run__of_a_killed_driver_leaves_no_job_and_goes_on(slurm, store, serial,
     until(lambda: not jobs(), "the end of the jobs")  # by themselves: nobody is there to cancel them
     assert (out / "run.lock").exists()  # and it is recognised as stale
     done = blocks_done(out)
-    said = finish(start(run_command(store, out, site)))
+    said = finish(start(slow(run_command(store, out, site))))
     assert f"{done} of 60 blocks are done already" in said
     assert_same_bytes(out, serial)
     assert_clean(out)

@@ -13,8 +13,8 @@ import pytest
 import slow_tile
 from lab import (
     DASK,
+    PATIENCE,
     SETTINGS,
-    all_idle_or_busy,
     assert_same_bytes,
     blocks_done,
     failed_blocks,
@@ -26,6 +26,7 @@ from lab import (
     start_node,
     stop_controller,
     until,
+    wait_for_nodes,
 )
 
 from fcunet import runner, schema, tiles
@@ -33,7 +34,7 @@ from fcunet.cluster import connect
 from fcunet.config import Config
 from fcunet.store import read_status
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600 * PATIENCE)]
 
 
 @dataclass
@@ -122,7 +123,7 @@ def test_run__ends_with_the_same_bytes_when_a_node_is_lost(slurm, site, store, s
     run_and_break(site, store, out, lambda v: kill_node(v.lab, v.node), victim, monkeypatch)
     assert_same_bytes(out, serial)
     start_node(slurm, victim.node)  # SLURM holds the dead jobs' resources until the node is back
-    until(all_idle_or_busy, "the return of the node")
+    wait_for_nodes(slurm)
     until(lambda: len(site.nthreads()) == 3, "the replacement")
 
 

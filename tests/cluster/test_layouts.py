@@ -13,6 +13,7 @@ from distributed import Client
 from lab import (
     FCUNET,
     OPTIONS,
+    PATIENCE,
     ROOT,
     SETTINGS,
     assert_clean,
@@ -29,7 +30,7 @@ from fcunet import runner, tiles
 from fcunet.cluster import connect
 from fcunet.config import Config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600 * PATIENCE)]
 
 CODE = [sys.executable, "-m"]
 

@@ -5,9 +5,9 @@ with or without lifetime). The runs go on beside the other tests.
 """
 
 import pytest
-from lab import assert_same_bytes, finish
+from lab import PATIENCE, assert_same_bytes, finish
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900 * PATIENCE)]
 
 
 @pytest.mark.parametrize("way", ["plain", "resources", "lifetime", "staggered"])
