@@ -412,8 +412,24 @@ def strain(
 
 
 @app.command()
-def report(run_directory: RunArgument) -> None:
-    """Write the figures and the report of a run again."""
+def report(
+    run_directory: RunArgument,
+    other: Annotated[Path | None, typer.Argument(help="a second run, to compare with the first")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file for a comparison [A_against_B.html in this folder]")
+    ] = None,
+) -> None:
+    """Write the figures and the report of a run again; or one page that compares two runs."""
+    if other is not None:
+        from .report import write_comparison
+
+        typer.echo(f"wrote     {write_comparison(run_directory, other, out)}")
+        return
+    if out is not None:
+        raise ValueError(
+            f"--out is for the comparison of two runs: fcunet report {run_directory} OTHER --out {out}; "
+            "the report of one run lies in its folder"
+        )
     from .runner import rewrite_report
 
     typer.echo(f"wrote     {rewrite_report(run_directory)}")

@@ -8,6 +8,7 @@ from PIL import Image
 from fcunet import plot
 from fcunet.plot.patterns import lattice_angle, near_lattice
 from fcunet.plot.style import round_down, round_up
+from fcunet.tiles import load_calibration
 
 SCAN = ("scan_y", "scan_x")
 COMPONENTS = ("e_xx", "e_yy", "e_xy", "theta")
@@ -75,6 +76,30 @@ def test_figures__are_drawn_for_every_kind_of_scan(name, kind):
     shape = {"row": (1, 9), "column": (7, 1), "single": (1, 1)}.get(kind, (6, 9))
     figure = getattr(plot, name)(results(*shape, missing=kind == "missing"))
     assert plot.to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (1, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["two_runs", "difference", "where_found"])
+def test_figures_of_two_runs__are_drawn_for_every_kind_of_scan(name, shape):
+    figure = getattr(plot, name)(results(*shape), results(*shape, missing=shape[0] == 1))
+    assert plot.to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+def test_two_runs__of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="A has 6 x 9 of them and B 1 x 9"):
+        plot.two_runs(results(), results(1, 9))
+
+
+def test_where_found__counts_the_places():
+    assert "A only: 98.1 %" in texts(plot.where_found(results(), results(missing=True)))  # 53 of 54
+
+
+def test_descan__needs_a_fitted_origin_of_the_same_scan(small_run):
+    calibration = load_calibration(small_run[1] / "peaks.zarr")
+    with pytest.raises(ValueError, match=r"of \(6, 10\) positions, the lattice of \(6, 9\)"):
+        plot.descan(calibration, results()["lattice"].dataset)
+    with pytest.raises(ValueError, match="not fitted"):
+        plot.descan(calibration, results(6, 10)["lattice"].dataset.assign_attrs(fit_origin=False))
 
 
 def test_strain__shares_one_symmetric_range_and_says_it():
@@ -189,7 +214,7 @@ def test_figures__have_the_width_asked_for_and_keep_it(size, width, tmp_path):
 
 def test_figures__too_wide_for_a_column_say_so():
     with pytest.raises(ValueError, match=r"cannot be read in a column.*page"):
-        plot.truth(results(), size="column")
+        plot.methods({"a": results()["strain"].dataset}, size="column")
 
 
 @pytest.mark.parametrize(("option", "match"), [("theme", "light or dark"), ("size", "column, page, slide")])

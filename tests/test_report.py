@@ -12,10 +12,10 @@ from test_plot import results
 
 from fcunet.config import Config
 from fcunet.preview import preview
-from fcunet.report import write_report
-from fcunet.store import write_results
+from fcunet.report import write_comparison, write_report
+from fcunet.store import open_results, write_results
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source"}
 
 
 class Page(HTMLParser):
@@ -28,7 +28,7 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.sources += [v for k, v in attrs if k in ("src", "href")]
+        self.sources += [v for k, v in attrs if k in ("src", "srcset", "href")]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -101,11 +101,99 @@ def test_report__says_error_against_truth_time_and_settings(run_dir, page):
     assert (run_dir / "strain.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report__has_a_smaller_figure_for_narrow_screens(page):
+    assert page.count('<source media="(max-width: 40rem)"') >= 5
+
+
+def test_report__shows_grains_and_how_they_lie(run_dir, page):
+    assert "Direction of g1 in each grain" in page
+    assert (run_dir / "grains.png").exists()
+
+
+def test_report__checks_the_descan_against_the_origins_of_the_lattice(small_run):
+    assert "independent check of the descan" in (small_run[1] / "report.html").read_text()
+    assert (small_run[1] / "descan.png").exists()
+
+
 def test_report__says_when_most_positions_have_no_lattice(tmp_path):
     tree = results(missing=True)
     tree["strain"] = tree["strain"].dataset.assign(valid=tree["strain"]["e_xx"].notnull())
     write_results(tmp_path / "strain.zarr", tree)
     assert "Only 0 % of the positions have a lattice" in write_report(tmp_path).read_text()
+
+
+def changed_run(run, folder, *, region=None, config=None, **components):
+    """A copy of the results of `run` with other values, cut to a region."""
+    tree = open_results(run).load()
+    strain = tree["strain"].to_dataset()
+    strain = strain.assign({name: strain[name] + shift for name, shift in components.items()})
+    groups = {"/strain": strain} | {f"/{g}": tree[g].to_dataset() for g in ("lattice", "virtual")}
+    if region:
+        y0, y1, x0, x1 = region
+        groups = {g: d.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)) for g, d in groups.items()}
+    other = xr.DataTree.from_dict(groups)
+    settings = json.loads(tree.attrs["config_json"])
+    settings["detection"] |= config or {}
+    other.attrs = tree.attrs | {"config_json": json.dumps(settings)} | ({"region": region} if region else {})
+    write_results(folder / "strain.zarr", other)
+    return folder
+
+
+def rows_of(path):
+    """The cells of all table rows of a page, by their first."""
+    rows = re.findall(r"<tr>(.*?)</tr>", path.read_text())
+    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
+    return {row[0]: row[1:] for row in cells if row}
+
+
+@pytest.fixture(scope="module")
+def comparison(small_run, tmp_path_factory):
+    """The small run against itself with e_xx 1e-3 larger, found with another setting."""
+    folder = tmp_path_factory.mktemp("two")
+    other = changed_run(small_run[1], folder / "other", e_xx=1e-3, config={"corr_power": 0.5})
+    return write_comparison(small_run[1], other, folder / "new" / "two.html")
+
+
+def test_comparison__needs_nothing_beside_it(comparison):
+    page = Page(comparison.read_text())
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
+    assert len([s for s in page.sources if s.startswith("data:")]) >= 4
+
+
+def test_comparison__says_how_far_apart_the_strain_is(comparison):
+    rows = rows_of(comparison)
+    assert rows["e_xx"] == ["+1.00", "0.00", rows["e_xx"][2], "100 %", "100 %", "1.000"]
+    assert rows["e_yy"][:2] == ["+0.00", "0.00"]
+
+
+def test_comparison__lists_the_settings_that_differ_and_no_others(comparison):
+    rows = rows_of(comparison)
+    assert rows["detection.corr_power"][1] == "0.5"
+    assert "detection.method" not in rows
+
+
+def test_comparison__of_a_region_takes_the_positions_both_have(small_run, tmp_path):
+    part = changed_run(small_run[1], tmp_path / "part", region=(2, 6, 3, 9))
+    rows = rows_of(write_comparison(small_run[1], part, tmp_path / "two.html"))
+    assert rows["e_xx"][:2] == ["+0.00", "0.00"]
+    assert rows["positions"] == ["6 x 10", "4 x 6"]
+
+
+def test_comparison__of_scans_of_other_shapes_compares_summaries(run_dir, small_run, tmp_path):
+    path = write_comparison(run_dir, small_run[1], tmp_path / "two.html")
+    words = " ".join(Page(path.read_text()).words)
+    assert "A has 6 x 9 positions and B 6 x 10, and they cannot be matched" in words
+    assert "titles of the scans differ" in words
+    assert rows_of(path)["with a lattice"][1] == "98.3 %"
+
+
+def test_comparison__refuses_what_cannot_be_compared(run_dir, small_run, tmp_path):
+    with pytest.raises(ValueError, match="are the same run; name two: fcunet report RUN_A RUN_B"):
+        write_comparison(run_dir, run_dir / "strain.zarr")
+    with pytest.raises(FileNotFoundError, match="no results"):
+        write_comparison(run_dir, tmp_path)
+    with pytest.raises(ValueError, match="is a folder; name the file"):
+        write_comparison(run_dir, small_run[1], tmp_path)
 
 
 @pytest.fixture(scope="module")

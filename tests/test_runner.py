@@ -25,6 +25,12 @@ SCAN = (12, 20)
 BLOCK = (4, 4)
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """Of the runs in this process only that of `finished` draws figures, which are not the subject."""
+    monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("scan") / "scan.zarr"

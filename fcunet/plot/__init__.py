@@ -1,4 +1,4 @@
-"""Figures of results: strain, detection, Bragg vector map, virtual images, truth, error bars.
+"""Figures of results: strain, detection, Bragg vector map, virtual images, truth, error bars, two runs.
 
 Every function takes a dataset, or the tree of a run, and returns a matplotlib `Figure` that belongs to no
 window: save it with ``figure.savefig("strain.png")`` (or ``.svg``, ``.pdf``), or let a notebook show it.
@@ -7,10 +7,11 @@ Colours are safe for colour-blind readers; what is missing is grey. All take ``t
 """
 
 from .compare import methods, numbers, truth
-from .evidence import calibration_evidence
+from .evidence import calibration_evidence, descan
 from .lines import along_line, grains, orientations, profile
 from .maps import error_bars, scan_map, strain, virtual
 from .patterns import bragg_vector_map, calibration, detection
+from .runs import difference, two_runs, where_found
 from .style import to_png
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "bragg_vector_map",
     "calibration",
     "calibration_evidence",
+    "descan",
     "detection",
+    "difference",
     "error_bars",
     "grains",
     "methods",
@@ -29,5 +32,7 @@ __all__ = [
     "strain",
     "to_png",
     "truth",
+    "two_runs",
     "virtual",
+    "where_found",
 ]

@@ -74,14 +74,7 @@ def truth(
     need(known, components, "truth")
     data, known = xr.align(data, known, join="inner")
     line = is_line(data[components[0]])
-    width, height = panel_size(data[components[0]], 2.3)
-    columns = 1 if line else 4
-    figure = new_figure(
-        6.5 if line else 3 * width + 3.2, len(components) * (2.0 if line else max(height, 1.6))
-    )
-    grid = figure.subplots(
-        len(components), columns, squeeze=False, width_ratios=None if line else [width, width, width, 3.2]
-    )
+    figure, grid = _truth_axes(data[components[0]], len(components))
     for number, (row, component) in enumerate(zip(grid, components, strict=True)):
         factor, unit = (math.degrees(1), "degrees") if component == "theta" else (100.0, "%")
         measured, exact = data[component] * factor, known[component] * factor
@@ -103,21 +96,41 @@ def truth(
                     array,
                     cmap=cmap,
                     limits=(-limit, limit),
-                    label=unit,
+                    label="",
                     bar=number == 0 and name == "truth",
                 )
-                ax.set_title(f"{LABELS[component]} {name}", loc="left")
+                if number == 0:
+                    ax.set_title(name)
+            row[0].set_ylabel(f"{LABELS[component]} ({unit})")
             values = difference.values / factor
             if np.isfinite(values).any():
                 rms = 1e3 * math.sqrt(np.nanmean(values**2))
                 row[2].set_xlabel(rf"rms {rms:.2f}$\times10^{{-3}}$", loc="left", labelpad=1)
-        _profile(row[-1], exact, measured, std, unit, legend=number == 0)
+        draw_profile(row[-1], exact, measured, std, unit, legend=number == 0)
         if line:
             row[-1].set_title(LABELS[component], loc="left")
     return figure
 
 
-def _profile(
+def _truth_axes(array: xr.DataArray, n: int) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with the axes of each of `n` components: three maps and a profile, or the profile alone."""
+    if is_line(array):
+        figure = new_figure(6.5, 2.0 * n)
+        return figure, [[ax] for ax in figure.subplots(n, 1, squeeze=False)[:, 0]]
+    below = in_column()
+    width, height = panel_size(array, 1.7 if below else 2.3)
+    if below:
+        figure = new_figure(3 * width, n * (height + 1.9))
+        cells = figure.add_gridspec(2 * n, 3, height_ratios=[height, 1.9] * n)
+        where = [[*(cells[2 * i, k] for k in range(3)), cells[2 * i + 1, :]] for i in range(n)]
+    else:
+        figure = new_figure(3 * width + 3.2, n * max(height, 1.6))
+        cells = figure.add_gridspec(n, 4, width_ratios=[width, width, width, 3.2])
+        where = [[cells[i, k] for k in range(4)] for i in range(n)]
+    return figure, [[figure.add_subplot(cell) for cell in row] for row in where]
+
+
+def draw_profile(
     ax: Axes,
     exact: xr.DataArray,
     measured: xr.DataArray,
@@ -125,8 +138,9 @@ def _profile(
     unit: str,
     *,
     legend: bool,
+    names: tuple[str, str] = ("measured", "truth"),
 ) -> None:
-    """Truth and measurement along the scan."""
+    """Measurement and truth, or two measurements, along the scan; the band is that of the first."""
     along, across = _line_of(exact)
     low, high, length = edges(measured, along)
     n = measured.sizes[along]
@@ -141,8 +155,8 @@ def _profile(
     if std is not None:
         band = mean(std)
         ax.fill_between(at, line - band, line + band, color=SKY, alpha=0.4, lw=0, label="standard deviation")
-    ax.plot(at, line, color=theme().line, lw=1.2, label="measured")
-    ax.plot(at, mean(exact), "--", color=theme().ink, lw=1, label="truth")
+    ax.plot(at, line, color=theme().line, lw=1.2, label=names[0])
+    ax.plot(at, mean(exact), "--", color=theme().ink, lw=1, label=names[1])
     ax.set_xlim(low, high)
     ax.set_xlabel(f"{along} ({'position' if length == schema.UNIT_PIXEL else length})")
     ax.set_ylabel(unit)
@@ -233,7 +247,7 @@ def numbers(results: xr.DataTree) -> Figure:
     ):
         axes[0].hist(np.asarray(values, dtype=float).ravel(), bins, color=colour, alpha=0.75, label=name)
     axes[0].set_xlabel("peaks per pattern")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper left")
     _histogram(axes[1], lattice["fit_error"].values, "residual of the fit (px)", theme().line)
     for ax, names, unit, factor in (
         (axes[2], ("e_xx", "e_yy", "e_xy"), "strain (%)", 100.0),
@@ -243,7 +257,7 @@ def numbers(results: xr.DataTree) -> Figure:
             if name in strain_:
                 _histogram(ax, strain_[name].values * factor, unit, colour, LABELS[name[:4]], style)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False)
+            ax.legend(frameon=False, loc="upper right")
     _histogram(axes[3], strain_["theta"].values * math.degrees(1), r"rotation $\theta$ (degrees)", PINK)
     if "theta_std" in strain_:
         _histogram(axes[5], strain_["theta_std"].values * 1e3, r"error bar of $\theta$ (mrad)", PINK)

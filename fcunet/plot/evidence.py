@@ -1,16 +1,32 @@
-"""The picture of ``fcunet calibrate``: what each number rests on."""
+"""The picture of ``fcunet calibrate``: what each number rests on; and of the descan after a run."""
 
 import math
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse as EllipsePatch
 
 from .. import schema
 from ..kernels.ellipse import undistort
 from .patterns import draw_calibration, show_pattern
-from .style import BLUE, ORANGE, RED, SKY, Array, Figure, new_figure, round_up, styled, theme
+from .scanmap import draw_map
+from .style import (
+    BLUE,
+    ORANGE,
+    RED,
+    SKY,
+    Array,
+    Figure,
+    in_column,
+    new_figure,
+    range_of,
+    round_up,
+    say_missing,
+    styled,
+    theme,
+)
 
 
 @styled
@@ -158,3 +174,80 @@ def _draw_templates(ax: Axes, measured: Any) -> None:
     ax.set_xlabel("region")
     ax.locator_params(integer=True)
     ax.set_title(f"disk radius, change\n{found.change_px:.2f} +- {found.change_std_px:.2f} px", fontsize=9)
+
+
+@styled
+def descan(calibration: Any, lattice: xr.Dataset) -> Figure:
+    """Where the beam was expected in each pattern, and where the lattice fit found it.
+
+    Parameters
+    ----------
+    calibration : fcunet.calibration.Calibration
+        Of the run; its `origin` is what was expected.
+    lattice : Dataset
+        `origin_qy, origin_qx` (scan_y, scan_x) in px, fitted freely.
+
+    Returns
+    -------
+    Figure
+        The descan as arrows, how far the lattice lies from it, and the distribution of both components. The
+        beam centre was measured before, from the direct beam alone: what is left is an independent check.
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, or the origin was not fitted.
+    """
+    expected = np.asarray(calibration.origin, dtype=float)
+    fitted = np.stack([np.asarray(lattice[n].values, dtype=float) for n in ("origin_qy", "origin_qx")], -1)
+    if expected.shape != fitted.shape:
+        raise ValueError(
+            f"the calibration is of {expected.shape[:2]} positions, the lattice of {fitted.shape[:2]}"
+        )
+    if not lattice.attrs.get("fit_origin", True):
+        raise ValueError("the origin was not fitted (fit_origin: false), so nothing is left to compare")
+    rest = fitted - expected
+    if in_column():
+        figure = new_figure(4.2, 8.4)
+        axes = list(figure.subplots(3, 1))
+    else:
+        figure = new_figure(9.6, 3.1)
+        axes = list(figure.subplots(1, 3))
+    moved = expected - expected.mean((0, 1))
+    _draw_arrows(axes[0], moved)
+    axes[0].set_title(f"descan: {calibration.descan_px:.2f} px over the scan")
+    distance = lattice["origin_qy"].copy(data=np.hypot(*np.moveaxis(rest, -1, 0)))
+    top = range_of(distance.values)[1]
+    draw_map(axes[1], distance, cmap="viridis", limits=(0.0, top), label="px")
+    finite = distance.values[np.isfinite(distance.values)]
+    middle = f", median {np.median(finite):.3f} px" if finite.size else ""
+    axes[1].set_title(f"lattice from there{middle}")
+    for i, (colour, name) in enumerate(((ORANGE, "row"), (theme().line, "column"))):
+        values = rest[..., i][np.isfinite(rest[..., i])]
+        if values.size:
+            counts, sides = np.histogram(values, 50, range_of(values, 0.5, 99.5))
+            axes[2].stairs(counts, sides, color=colour, label=f"{name}: {values.mean():+.3f} px on average")
+    if finite.size:
+        axes[2].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 1.28), handlelength=1.0)
+    else:
+        say_missing(axes[2])
+    axes[2].set_xlabel("lattice minus expected beam (px)")
+    axes[2].set_yticks([])
+    axes[2].spines[["left", "right", "top"]].set_visible(False)
+    return figure
+
+
+def _draw_arrows(ax: Axes, moved: Array) -> None:
+    """Vectors (scan_y, scan_x, 2) as a dozen arrows along each side, as large as fits."""
+    scan: tuple[int, ...] = moved.shape[:2]
+    steps = [max(1, math.ceil(n / 12)) for n in scan]
+    at = np.ix_(*(np.arange(s // 2, n, s) for n, s in zip(scan, steps, strict=True)))
+    iy, ix = np.indices(scan).astype(float)
+    ax.quiver(
+        ix[at], iy[at], moved[..., 1][at], moved[..., 0][at], angles="xy", color=theme().line, pivot="middle"
+    )
+    ax.set_xlim(-0.5, scan[1] - 0.5)
+    ax.set_ylim(scan[0] - 0.5, -0.5)
+    ax.set_aspect("equal" if 0.2 < scan[0] / scan[1] < 5 else "auto")
+    ax.set_xticks([])
+    ax.set_yticks([])

@@ -92,7 +92,7 @@ def detection(
     radius_px: float = 4.0,
     max_peak_spacing: float | None = None,
     titles: Sequence[str] | None = None,
-    columns: int = 3,
+    columns: int | None = None,
     power: float = 0.5,
 ) -> Figure:
     """Patterns with the detected disks, and the fitted lattice where there is one.
@@ -112,7 +112,8 @@ def detection(
     max_peak_spacing : float, optional
         A peak farther from its lattice site is dotted; default a sixth of the shorter vector.
     titles : sequence of str, optional
-    columns : int
+    columns : int, optional
+        Patterns side by side; default 3, or 2 in a journal column.
     power : float
         Brightness is the counts to this power.
 
@@ -124,8 +125,8 @@ def detection(
     positions = None if at is None else [tuple(p) for p in np.atleast_2d(np.asarray(at, dtype=int)).tolist()]
     images, py, px = _select(patterns, peaks, positions)
     fits = _select_lattice(lattice, positions, len(images))
+    columns = min(columns or (2 if in_column() else 3), len(images))
     rows = math.ceil(len(images) / columns)
-    columns = min(columns, len(images))
     aspect = images.shape[1] / images.shape[2]
     figure = new_figure(2.6 * columns, rows * (2.6 * aspect + 0.3))
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
