@@ -235,8 +235,9 @@ def rerun_strain(run_dir: str | Path, *, config: str | Path | None = None, **ove
 
 def rewrite_report(run_dir: str | Path) -> Path:
     """Write figures and report of a finished run again; returns the path of the report."""
-    out = _run_dir(run_dir)
-    open_results(out)
+    out = Path(run_dir)
+    out = out.parent if out.name in (PEAKS, RESULTS) else out
+    open_results(out)  # the peaks may be gone
     with RunLock(out):
         return _write_report(out)
 

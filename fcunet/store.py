@@ -277,8 +277,11 @@ def write_results(path: str | Path, tree: xr.DataTree) -> Path:
     return path
 
 
+_STORES_OF_A_RUN = ("peaks.zarr", "strain.zarr")
+
+
 def open_results(path: str | Path) -> xr.DataTree:
-    """Open the results of a run lazily, given its folder or the ``strain.zarr`` in it.
+    """Open the results of a run lazily, given its folder or one of the stores in it.
 
     Raises
     ------
@@ -286,17 +289,30 @@ def open_results(path: str | Path) -> xr.DataTree:
         If there are no results, or they are none of ours, or newer ones.
     """
     path = Path(path)
-    if (path / "strain.zarr").is_dir() or (path.is_dir() and not (path / "zarr.json").exists()):
-        path = path / "strain.zarr"
-    if not path.exists() and path.parent.is_dir():
-        raise FileNotFoundError(
-            f"there are no results {path} yet; make them with: fcunet run STORE.zarr --out {path.parent}"
-        )
+    folder = path.parent if path.name in _STORES_OF_A_RUN else path
+    if path.name in _STORES_OF_A_RUN or not (path / "zarr.json").exists():
+        path = folder / "strain.zarr"
+    if not path.exists():
+        raise FileNotFoundError(_why_no_results(folder))
     path = existing(path)
     schema.check_format(root_attrs(path), "results", str(path))
     tree = xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None)
     schema.check_results(tree, str(path))
     return tree
+
+
+def _why_no_results(folder: Path) -> str:
+    """What to do about a run without results: begun, not begun, or not there at all."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}; a run makes one: fcunet run STORE.zarr --out {folder}"
+    if (folder / "peaks.zarr" / "status").is_dir():
+        status = read_status(folder / "peaks.zarr")
+        ended = int((status != schema.STATUS_TODO).sum())
+        return (
+            f"there are no results in {folder} yet: the run ended after {ended} of {status.size} blocks; it "
+            f"goes on with: fcunet run STORE.zarr --out {folder}"
+        )
+    return f"there are no results in {folder} yet; make them with: fcunet run STORE.zarr --out {folder}"
 
 
 def describe(path: str | Path) -> dict[str, Any]:

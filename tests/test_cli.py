@@ -94,7 +94,8 @@ def test_convert__names_a_missing_source(monkeypatch, capsys, tmp_path):
         (("run", "a.zarr", "--config", "missing.yaml"), "missing.yaml"),
         (("report", "a", "--out", "b.html"), "fcunet report a OTHER --out b.html"),
         (("report", "a", "a"), "are the same run"),
-        (("report", "a", "b"), "there is nothing at a"),
+        (("report", "a", "b"), "there is no folder a; a run makes one: fcunet run STORE.zarr --out a"),
+        (("explore", "a"), "there is no folder a"),
     ],
 )
 def test_wrong_value__is_shown_with_what_was_needed(arguments, words, monkeypatch, capsys, tmp_path):

@@ -13,7 +13,7 @@ import fcunet
 from fcunet.explore import Detector, Explorer, Maps, View, find_sources
 from fcunet.explore.recipe import code
 from fcunet.pipeline import compute_strain
-from fcunet.store import open_results, write_results
+from fcunet.store import open_results, set_status, write_results
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,13 @@ def test_find_sources__refuses_another_scan(small_run, tmp_path):
         find_sources(small_run[1], store)
 
 
-def test_find_sources__of_a_run_that_failed_says_how_to_make_results(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no results .* yet; make them with: fcunet run"):
+def test_find_sources__of_a_run_that_did_not_end_says_how_to_go_on(small_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no results in .* yet; make them with: fcunet run"):
         find_sources(tmp_path)
+    shutil.copytree(small_run[1] / "peaks.zarr", tmp_path / "peaks.zarr")
+    set_status(tmp_path / "peaks.zarr", 0, 0, 0)
+    with pytest.raises(FileNotFoundError, match=r"ended after \d of \d blocks; it goes on with: fcunet run"):
+        find_sources(tmp_path / "peaks.zarr")
 
 
 def test_explorer__a_position_shows_its_pattern_peaks_and_numbers(explorer):

@@ -74,7 +74,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path | None = None
 def _folder(path: str | Path) -> Path:
     """The run directory of a path to it or to one of its stores."""
     path = Path(path)
-    return path.parent if path.suffix == ".zarr" and (path.parent / "strain.zarr").is_dir() else path
+    return path.parent if path.name in ("peaks.zarr", "strain.zarr") else path
 
 
 def _short_names(a: Path, b: Path) -> tuple[str, str]:
