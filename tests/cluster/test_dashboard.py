@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import slow_tile
+from browser import other_hosts, screenshot, start_browser
 from conftest import free_ports
 from distributed import Client
 from lab import PATIENCE, SETTINGS, blocks_done, processes, until
@@ -128,6 +129,34 @@ def test_dashboard__draws_the_run_in_a_browser(running, tmp_path):
         (tmp_path / "status.png").write_bytes(look(driver, running.dashboard_link))
 
 
+def live_page(address, folder, name):
+    """Names, texts and colours of the live page of the run that waits after its first rows; a picture too."""
+    driver = start_browser(1300, 950)
+    try:
+        driver.get(address)
+        text = "return document.getElementById(arguments[0]).innerText"
+        until(lambda: driver.execute_script(text, "choose"), "maps on the live page")
+        until(lambda: int(driver.execute_script(text, "done").split()[0]) >= 12, "twelve blocks on the page")
+        map_png = driver.find_element("id", "map").screenshot_as_png
+        screenshot(driver, folder, name)
+        names = ("title", "done", "patterns", "workers", "choose", "machines")
+        return {n: driver.execute_script(text, n) for n in names}, colours(map_png), other_hosts(driver)
+    finally:
+        driver.quit()
+
+
+def test_live_page__shows_strain_filling_in(running, tmp_path):
+    texts, found, elsewhere = live_page(f"{base(running)}/fcunet", tmp_path, "live-page-slurm")
+    assert texts["title"] == "flat disks"
+    assert texts["done"].endswith("of 60")
+    assert texts["patterns"].endswith("of 960")
+    assert texts["workers"] == "3"
+    assert "strain e_xx" in texts["choose"]
+    assert texts["machines"].count("SLURMCluster-") == 3
+    assert found > 20
+    assert elsewhere == []
+
+
 @pytest.fixture
 def jupyter(tmp_path):
     """The address of a Jupyter server with jupyter-server-proxy below a prefix, as a hub gives it."""
@@ -160,3 +189,6 @@ def test_dashboard__works_through_the_proxy_of_jupyter(running, jupyter, tmp_pat
     assert '"status"' in page(f"{through}/fcunet.json")
     with browser() as driver:
         (tmp_path / "proxied.png").write_bytes(look(driver, f"{through}/status"))
+    texts, found, _ = live_page(f"{through}/fcunet", tmp_path, "live-page-jupyter")
+    assert texts["title"] == "flat disks"
+    assert found > 20
