@@ -544,12 +544,37 @@ def _cached_detector(
         return _DETECTORS[key]
 
 
-def weighted_sums(chunk: np.ndarray, *, weights: np.ndarray) -> np.ndarray:
-    """Sum of each pattern of `chunk` (..., qy, qx) times `weights` (qy, qx), float32."""
-    where = np.flatnonzero(weights)
-    chosen = weights.ravel()[where]
+def weighted_sums(
+    chunk: np.ndarray, shift: np.ndarray | None = None, *, weights: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Sum of each pattern of `chunk` (..., qy, qx) times `weights` (qy, qx), float32.
+
+    `shift` (..., 2) moves the weights along with the beam, (y, x) in px, to the nearest pixel; what comes to
+    lie beyond the detector, or where `mask` is False, counts nothing.
+    """
     flat = chunk.reshape(-1, weights.size)
+    moves = np.zeros((len(flat), 2), int)
+    if shift is not None:
+        moves = np.rint(np.nan_to_num(shift)).astype(int).reshape(-1, 2)
+    places: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     out = np.empty(len(flat), np.float32)
     for i, pattern in enumerate(flat):  # one by one: no copy of the block in float
+        move = int(moves[i, 0]), int(moves[i, 1])
+        if move not in places:
+            places[move] = _moved(weights, mask, move)
+        where, chosen = places[move]
         out[i] = np.dot(pattern[where].astype(np.float64), chosen)
     return out.reshape(chunk.shape[:-2])
+
+
+def _moved(
+    weights: np.ndarray, mask: np.ndarray | None, move: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where `weights` are not zero after a move (flat indices), and their values there."""
+    y, x = np.nonzero(weights)
+    values = weights[y, x]
+    y, x = y + move[0], x + move[1]
+    on = (y >= 0) & (y < weights.shape[0]) & (x >= 0) & (x < weights.shape[1])
+    if mask is not None:
+        on[on] = mask[y[on], x[on]]
+    return y[on] * weights.shape[1] + x[on], values[on]

@@ -152,6 +152,7 @@ def virtual_image(
     outer: float | None = None,
     centre: tuple[float, float] | None = None,
     calibration: BlockCalibration | None = None,
+    shift: ArrayLike | None = None,
 ) -> xr.DataArray:
     """Sum of every pattern over a part of the detector.
 
@@ -168,6 +169,9 @@ def virtual_image(
     calibration : Calibration, optional
         Where centre and radius come from; default is to measure it now. Not needed for an array, nor with
         `centre` and a radius given.
+    shift : array, shape (scan_y, scan_x, 2), optional
+        How far the virtual detector moves at each position, (y, x) in px, to the nearest pixel: it follows
+        the descan with ``calibration.origin - calibration.centre``. Default: it stays.
 
     Returns
     -------
@@ -177,12 +181,13 @@ def virtual_image(
     Raises
     ------
     ValueError
-        For an unknown name, a mask of another shape, or radii out of order.
+        For an unknown name, a mask or shifts of another shape, or radii out of order.
     """
     schema.check_datacube(datacube)
     intensity = datacube["intensity"]
     check_blocks(intensity)
     frame = tuple(intensity.shape[2:])
+    moved = _moves(intensity, shift)
     if isinstance(detector, str) and detector not in ("bf", "adf"):
         raise ValueError(
             f"unknown virtual detector {detector!r}; use 'bf', 'adf', radii (inner=, outer=) or a mask"
@@ -213,13 +218,13 @@ def virtual_image(
         y0, x0 = calibration.centre if centre is None else centre  # type: ignore[union-attr]
         r = np.hypot(np.arange(frame[0])[:, None] - y0, np.arange(frame[1]) - x0)
         weights = ((low <= r) & (r < high)).astype(np.float64)
-    if "detector_mask" in datacube:
-        weights = np.where(datacube["detector_mask"].values, weights, 0.0)
+    mask = datacube["detector_mask"].values if "detector_mask" in datacube else None
     image = xr.apply_ufunc(
         weighted_sums,
         intensity,
-        kwargs={"weights": weights},
-        input_core_dims=[schema.PATTERN_DIMS],
+        *moved,
+        kwargs={"weights": weights, "mask": mask},
+        input_core_dims=[schema.PATTERN_DIMS, *[("yx",) for _ in moved]],
         dask="parallelized",
         output_dtypes=[np.float32],
     )
@@ -228,6 +233,19 @@ def virtual_image(
         "long_name": schema.VIRTUAL[name].long_name if name in schema.VIRTUAL else "virtual image",
     }
     return image.rename(name)
+
+
+def _moves(intensity: xr.DataArray, shift: ArrayLike | None) -> list[xr.DataArray]:
+    """`shift` in the blocks of `intensity`, if there is one."""
+    if shift is None:
+        return []
+    values, needed = np.asarray(shift, np.float32), (*intensity.shape[:2], 2)
+    if values.shape != needed:
+        raise ValueError(f"shift has shape {values.shape}, needed is {needed}: (y, x) for each position")
+    array = xr.DataArray(values, dims=(*schema.SCAN_DIMS, "yx"))
+    if intensity.chunks is None:
+        return [array]
+    return [array.chunk({d: intensity.chunksizes[d] for d in schema.SCAN_DIMS})]
 
 
 def _detection(config: DetectionConfig | str | None, settings: Mapping[str, Any]) -> DetectionConfig:

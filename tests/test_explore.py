@@ -1,6 +1,7 @@
 """The explorer without its window: what it reads, what it shows, and the code that repeats it."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,20 @@ def test_virtual_detector__gives_its_image_and_the_code_for_it(explorer):
     np.testing.assert_array_equal(image, patterns[..., RING.mask((64, 64))].sum(-1))
     assert explorer.choose.value == "virtual detector"
     np.testing.assert_array_equal(run_code(explorer.code.value)["shown"], image)
+
+
+def test_virtual_detector__follows_the_descan(small_run):
+    window = Explorer(find_sources(small_run[1]))
+    known = window.sources.calibration
+    plane = np.array([[known.centre[0] - 5.0, 2.0, 0.0], [known.centre[1], 0.0, 0.0]])  # 2 px per row
+    window.sources.calibration = replace(known, origin_plane=plane)
+    image = virtual_image_of(window, RING)
+    for row, move in enumerate(np.rint(2.0 * np.arange(6) - 5.0).astype(int)):
+        moved = Detector((RING.centre[0] + move, RING.centre[1]), RING.inner, RING.outer)
+        inside = moved.mask((64, 64))
+        np.testing.assert_array_equal(image[row], draw_datacube()["intensity"].values[row][:, inside].sum(-1))
+    assert "shift = calibration.origin - calibration.centre" in window.code.value
+    exec(window.code.value, {})
 
 
 def test_virtual_detector__is_computed_on_the_client_at_hand(explorer):

@@ -138,6 +138,27 @@ def test_virtual_image__takes_a_mask_and_honours_the_detector_mask(datacube):
     np.testing.assert_array_equal(image, datacube["intensity"][..., FRAME // 2 :, :].sum(("qy", "qx")))
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_virtual_image__moves_with_the_beam_and_the_mask_does_not(lazily, datacube):
+    usable = np.ones((FRAME, FRAME), bool)
+    usable[30, 34] = False
+    cube = datacube.assign(detector_mask=(("qy", "qx"), usable))
+    ny, nx = datacube.sizes["scan_y"], datacube.sizes["scan_x"]
+    shift = np.random.default_rng(4).uniform(-6, 6, (ny, nx, 2))
+    image = virtual_image(chunked(cube) if lazily else cube, inner=2, outer=9, centre=(32, 32), shift=shift)
+    y, x = np.mgrid[:FRAME, :FRAME]
+    for at in np.ndindex(ny, nx):
+        r = np.hypot(*(a - 32 - s for a, s in zip((y, x), np.rint(shift[at]), strict=True)))
+        inside = (r >= 2) & (r < 9) & usable
+        assert float(image[at]) == datacube["intensity"].values[at][inside].sum()
+
+
+def test_virtual_image__beyond_the_detector_counts_nothing(datacube):
+    ny, nx = datacube.sizes["scan_y"], datacube.sizes["scan_x"]
+    away = np.full((ny, nx, 2), 10.0 * FRAME)
+    assert not virtual_image(datacube, np.ones((FRAME, FRAME)), shift=away).values.any()
+
+
 def test_virtual_image__says_what_is_wrong(datacube, calibration):
     with pytest.raises(ValueError, match="unknown virtual detector 'haadf'"):
         virtual_image(datacube, "haadf", calibration=calibration)
@@ -145,4 +166,6 @@ def test_virtual_image__says_what_is_wrong(datacube, calibration):
         virtual_image(datacube, inner=20, outer=10, calibration=calibration)
     with pytest.raises(ValueError, match="mask has shape"):
         virtual_image(datacube, np.ones((3, 3)))
+    with pytest.raises(ValueError, match="shift has shape"):
+        virtual_image(datacube, "bf", calibration=calibration, shift=np.zeros(2))
     assert SPACING > 0

@@ -74,8 +74,8 @@ class Explorer:
         self.map = MapFigure(self.maps.shown(self.view))
         self.profile, self.histogram = ProfileFigure(), HistogramFigure()
         self.pattern, self.mean = PatternFigure("pattern", self._shape), PatternFigure("mean", self._shape)
-        self.numbers = pn.pane.HTML("", name="numbers", min_width=420)
-        self.notes = pn.pane.HTML("", name="notes", min_width=420)
+        self.numbers = pn.pane.HTML("", name="numbers", min_width=340)
+        self.notes = pn.pane.HTML("", name="notes", width=420)
         self._make_controls()
         self._listen()
         self.mean.show(sources.mean_pattern(), power=0.35, title="mean pattern")
@@ -442,7 +442,10 @@ class Explorer:
             self.notes,
             self.numbers,
         )
-        return pn.Column(heading, pn.Row(controls, middle, right))
+        # a light sheet, also in a dark notebook; what finds no room beside the others goes below them
+        sheet = {"background": "#ffffff", "color": "#222222", "color-scheme": "light", "padding": "6px"}
+        parts = pn.FlexBox(controls, middle, right, gap="14px", align_items="flex-start")
+        return pn.Column(heading, parts, styles=sheet, sizing_mode="stretch_width")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         pn.extension(

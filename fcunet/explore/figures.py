@@ -25,7 +25,7 @@ from ..plot.style import BLUE, FRAME_COLOURS, ORANGE, RED, SKY, THEMES
 
 Array = NDArray[np.float64]
 _MISSING = "#b8b8b8"
-_MAP_SIZE = (540, 420)
+_MAP_SIZE = (500, 420)
 _MOST = 1400  # pixels of a map along one side that are sent to the browser
 FONT = "Helvetica, Arial, sans-serif"  # of the machine: nothing is fetched
 
@@ -44,7 +44,7 @@ def _plain(name: str, width: int, height: int, **options: Any) -> Any:
         name=name,
         frame_width=width,
         frame_height=height,
-        toolbar_location="right",
+        toolbar_location="above",
         active_drag=None,
         **options,
     )
@@ -295,7 +295,8 @@ class HistogramFigure:
     """How the values of a map are spread, with the colour range."""
 
     def __init__(self) -> None:
-        self.fig = _plain("histogram", _MAP_SIZE[0], 90, tools="reset,save")
+        self.fig = _plain("histogram", _MAP_SIZE[0], 90, tools="reset,save", x_range=Range1d(start=0, end=1))
+        self._reach = (0.0, 1.0)
         self.source = ColumnDataSource(data={"left": [], "right": [], "top": []}, name="histogram-data")
         self.fig.quad("left", "right", "top", 0, source=self.source, fill_color="#888888", line_color=None)
         self.marks = ColumnDataSource(data={"x": [], "colour": []}, name="histogram-marks")
@@ -311,7 +312,11 @@ class HistogramFigure:
         low, high = (float(v) for v in np.percentile(finite, [0.2, 99.8]))
         counts, sides = np.histogram(finite, 100, (low, high) if high > low else (low - 0.5, high + 0.5))
         self.source.data = {"left": sides[:-1], "right": sides[1:], "top": counts}
+        self._reach = float(sides[0]), float(sides[-1])
         self.fig.xaxis.axis_label = label
 
     def mark(self, limits: tuple[float, float], here: float) -> None:
+        """The colour range in blue, the value at the position in orange; both in view."""
         self.marks.data = {"x": [*limits, here], "colour": [BLUE, BLUE, ORANGE]}
+        low, high = min(self._reach[0], limits[0]), max(self._reach[1], limits[1])
+        self.fig.x_range.update(start=low - 0.02 * (high - low), end=high + 0.02 * (high - low))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..schema import STRAIN_COMPONENTS
-from .view import DERIVED, DETECTOR, Maps, View, kind_of
+from .view import DERIVED, DETECTOR, Detector, Maps, View, kind_of
 
 
 def code(maps: Maps, view: View, *, run: str | Path | None = None) -> str:
@@ -20,16 +20,7 @@ def code(maps: Maps, view: View, *, run: str | Path | None = None) -> str:
     run = run or sources.folder or "RUN"
     lines = ["import fcunet", "", f"results = fcunet.open_results({str(run)!r})"]
     if name == DETECTOR and view.detector is not None:
-        ring = view.detector
-        lines += [
-            f"datacube = fcunet.open({str(sources.scan or 'SCAN.zarr')!r})",
-            f"shown = fcunet.virtual_image(datacube, inner={ring.inner:.6g}, outer={ring.outer:.6g}, "
-            f"centre=({ring.centre[0]:.6g}, {ring.centre[1]:.6g})).compute()",
-        ]
-        region = sources.tree.attrs.get("region")
-        if region:
-            y0, y1, x0, x1 = region
-            lines.append(f"shown = shown.isel(scan_y=slice({y0}, {y1}), scan_x=slice({x0}, {x1}))")
+        lines += _code_of_detector(maps, view.detector, run)
     else:
         lines += _code_of_map(maps, view)
     lines += _code_of_thresholds(view)
@@ -54,6 +45,26 @@ def code(maps: Maps, view: View, *, run: str | Path | None = None) -> str:
             f"radius_px={sources.radius_px:.4g})"
         )
     return "\n".join(lines) + "\n"
+
+
+def _code_of_detector(maps: Maps, ring: Detector, run: str | Path) -> list[str]:
+    sources, follow = maps.sources, maps.shift is not None
+    lines = [f"datacube = fcunet.open({str(sources.scan or 'SCAN.zarr')!r})"]
+    region = sources.tree.attrs.get("region")
+    if region:
+        y0, y1, x0, x1 = region
+        lines.append(f"datacube = datacube.isel(scan_y=slice({y0}, {y1}), scan_x=slice({x0}, {x1}))")
+    if follow:
+        lines += [
+            "from fcunet.tiles import load_calibration",
+            f"calibration = load_calibration({str(Path(run) / 'peaks.zarr')!r})",
+            "shift = calibration.origin - calibration.centre  # the detector follows the descan",
+        ]
+    return [
+        *lines,
+        f"shown = fcunet.virtual_image(datacube, inner={ring.inner:.6g}, outer={ring.outer:.6g}, "
+        f"centre=({ring.centre[0]:.6g}, {ring.centre[1]:.6g}){', shift=shift' if follow else ''}).compute()",
+    ]
 
 
 def _code_of_map(maps: Maps, view: View) -> list[str]:

@@ -350,14 +350,23 @@ class Maps:
 
     # ------------------------------------------------------------------------------- virtual detector
 
+    @cached_property
+    def shift(self) -> Array | None:
+        """How far the beam is from its place on the mean pattern (scan_y, scan_x, 2), px; None if unknown."""
+        calibration = self.sources.calibration
+        if calibration is None or calibration.origin.shape[:2] != self.sources.shape:
+            return None
+        shift = calibration.origin - np.asarray(calibration.centre)
+        return shift if np.rint(np.nan_to_num(shift)).any() else None
+
     def virtual_lazy(self, view: View) -> xr.DataArray:
-        """The image of the virtual detector, lazy."""
+        """The image of the virtual detector, which follows the descan; lazy."""
         if view.detector is None or self.sources.datacube is None:
             raise ValueError(
                 self.sources.missing.get("patterns", "draw the virtual detector on the mean pattern first")
             )
         frame = self.sources.datacube["intensity"].shape[2:]
-        return virtual_image(self.sources.datacube, view.detector.mask(frame))
+        return virtual_image(self.sources.datacube, view.detector.mask(frame), shift=self.shift)
 
     # -------------------------------------------------------------------------------------- out of here
 
