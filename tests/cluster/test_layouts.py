@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import slow_tile
+import torch
 from distributed import Client
 from lab import (
     FCUNET,
@@ -227,3 +229,31 @@ def test_training_library__is_built_by_slurm_jobs(slurm, profile, tmp_path):
     assert np.all(status[:] == 1)
     assert len(list((tmp_path / "library.zarr.jobs").glob("*.err"))) >= 1
     assert_clean(tmp_path)
+
+
+def test_training__runs_on_two_nodes_and_goes_on_after_its_walltime(slurm, tmp_path):
+    out, settings = tmp_path / "out", tmp_path / "train.yaml"
+    settings.write_text(
+        "{steps: 40, size: 64, validation_size: 64, validation_patterns: 4, validation_doses: [1.0e+4],\n"
+        " selection_doses: [1.0e+4], batch: 2, precision: fp32, warmup_steps: 2, log_every: 1,\n"
+        " checkpoint_every_s: 0, validate_every_s: 1.0e+9, source: {pool_size: 8, refresh: 0.0},\n"
+        " network: {widths: [8, 8, 8, 8], attention_layers: 1, attention_heads: 2}}\n"
+    )
+    programs = f"FCUNET={FCUNET},TORCHRUN={Path(FCUNET).with_name('torchrun')},MEET_AT=127.0.0.1"
+    answer = subprocess.run(
+        ["sbatch", "--parsable", f"--chdir={tmp_path}", "--output=%j.log", "--nodes=2", "--gres=gpu:1",
+         "--mem=3G", "--cpus-per-task=1", f"--export=ALL,{programs}",
+         str(ROOT / "workflows" / "train_fcunet.sbatch"), "--config", str(settings), "--out", str(out)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    job = answer.stdout.strip()
+    until(lambda: (out / "checkpoint.pt").exists() or job not in jobs(), "a checkpoint")
+    # what SLURM sends three minutes before the end
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job], check=True)
+    until(lambda: job not in jobs(), "the end of the job", seconds=300)
+    log = (tmp_path / f"{job}.log").read_text()
+    assert (out / "weights" / "model.safetensors").exists(), log
+    assert "CANCELLED" in log  # the first part
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (saved["step"], saved["world"]) == (40, 2)
+    assert_clean(out)
