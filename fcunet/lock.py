@@ -1,6 +1,7 @@
 """One run at a time in a run directory: a lock file that names its holder and is taken over when stale."""
 
 import contextlib
+import getpass
 import json
 import os
 import socket
@@ -50,9 +51,11 @@ class RunLock:
                 return self
             holder = self._holder()
             if holder is not None and self._alive(holder):
+                job = f", SLURM job {holder['slurm_job_id']}" if holder.get("slurm_job_id") else ""
                 raise RunLockedError(
-                    f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']} since "
-                    f"{holder['started']}; wait for it, or give another run directory with --out"
+                    f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']} "
+                    f"({holder.get('user')}{job}) since {holder['started']}; wait for it, or give another "
+                    "run directory with --out"
                 )
             self._remove_stale(holder)
         raise RunLockedError(f"{self.path} is taken again and again by other runs; try again later")
@@ -70,6 +73,7 @@ class RunLock:
     def _create(self) -> bool:
         facts = {
             "host": socket.gethostname(),
+            "user": _user_name(),
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -137,6 +141,13 @@ class RunLock:
                 os.utime(self.path)
             except FileNotFoundError:
                 return
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container that does not know its user
+        return f"user {os.getuid()}"
 
 
 def _process_start(pid: int) -> str | None:
