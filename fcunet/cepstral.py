@@ -69,6 +69,7 @@ def to_reciprocal(lattice: xr.Dataset, peaks: xr.Dataset) -> xr.Dataset:
         "cepstral_basis_px": lattice.attrs["basis_px"],
         "cepstral_origin_px": lattice.attrs["origin_px"],
         "basis_px": basis.tolist(),
+        "bases_px": [basis.tolist()],
     }
     if "origin_qy" in peaks:
         kept["origin_px"] = [float(peaks[name].mean()) for name in schema.LATTICE_PARAMETERS[:2]]

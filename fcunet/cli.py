@@ -352,7 +352,7 @@ def _pair_from_zero(text: str) -> tuple[int, int]:
 
 
 @app.command()
-@with_settings("calibration", "detection", "lattice", "strain", "cluster")
+@with_settings("calibration", "detection", "lattice", "strain", "second", "cluster")
 def run(
     store: StoreArgument,
     settings: dict[str, Any],
@@ -380,7 +380,7 @@ def run(
 
 
 @app.command()
-@with_settings("lattice", "strain")
+@with_settings("lattice", "strain", "second")
 def strain(
     source: Annotated[
         Path, typer.Argument(help="run directory; or peaks found elsewhere: py4DSTEM .h5, CSV, parquet")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -123,6 +123,19 @@ class StrainConfig(_Section):
         description="median, robust_median, weighted_median (whole scan), grain, "
         "Y0:Y1,X0:X1 (scan region), or g1_y,g1_x,g2_y,g2_x in px",
     )
+    crystal: str | None = Field(
+        None,
+        description="absolute strain against an ideal crystal: 'F 5.4309', 'P a,c', six parameters, or a "
+        ".cif file; reference then says onto what it is turned",
+    )
+    zone: tuple[int, int, int] | None = Field(None, description="u,v,w of the crystal along the beam")
+    miller: tuple[tuple[int, int, int], tuple[int, int, int]] | None = Field(
+        None, description="h,k,l of g1 and of g2, six numbers; None = found"
+    )
+    q_pixel: float | None = Field(None, gt=0, description="pixel size for the crystal, 1/angstrom")
+    axis: Literal["g1", "g2"] | tuple[int, int] | tuple[int, int, int] | None = Field(
+        None, description="x of the strain along g1, g2, M,N (combination of them) or, with a crystal, h,k,l"
+    )
     measure: Literal["infinitesimal", "biot", "green_lagrange", "hencky"] = "infinitesimal"
     convention: Literal["fcunet", "py4dstem", "pyxem", "quantem"] = "fcunet"
     rotation_degree: float | None = Field(
@@ -135,6 +148,28 @@ class StrainConfig(_Section):
         if not isinstance(value, str) or value in ("median", "robust_median", "weighted_median", "grain"):
             return value
         return parse_region(value) if ":" in value else parse_vectors(value)
+
+    @field_validator("zone", "miller", "axis", mode="before")
+    @classmethod
+    def _parse_indices(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str) or value in ("g1", "g2"):
+            return value
+        counts = {"zone": (3,), "miller": (6,), "axis": (2, 3)}[str(info.field_name)]
+        numbers = parse_integers(value, counts, str(info.field_name))
+        return (numbers[:3], numbers[3:]) if info.field_name == "miller" else numbers
+
+
+class SecondConfig(_Section):
+    """Another method beside the first: do they agree?"""
+
+    second_opinion: Literal["none", "correlation", "fcunet", "cepstral"] = Field(
+        "none", description="another method to find the strain with, and to compare"
+    )
+    fall_back: bool = Field(
+        False,
+        description="take the second opinion where the first method has no lattice, or the pattern is unlike "
+        "those of the network's training",
+    )
 
 
 class ClusterConfig(_Section):
@@ -167,6 +202,7 @@ class Config(BaseSettings):
     detection: DetectionConfig = DetectionConfig()
     lattice: LatticeConfig = LatticeConfig()
     strain: StrainConfig = StrainConfig()
+    second: SecondConfig = SecondConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("region", mode="before")
@@ -237,6 +273,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "detection": DetectionConfig,
     "lattice": LatticeConfig,
     "strain": StrainConfig,
+    "second": SecondConfig,
     "cluster": ClusterConfig,
 }
 # flat name -> section; `cluster` itself is both a section and the name of its first key
@@ -273,6 +310,18 @@ def parse_numbers(text: str, count: int, name: str) -> tuple[float, ...]:
         numbers = ()
     if len(numbers) != count:
         raise ValueError(f"{text!r} is not {name}: {count} numbers with commas between them are needed")
+    return numbers
+
+
+def parse_integers(text: str, counts: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """So many comma-separated whole numbers as `counts` allows; ValueError if `text` is not that."""
+    try:
+        numbers = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in counts:
+        many = " or ".join(map(str, counts))
+        raise ValueError(f"{text!r} is not {name}: {many} whole numbers with commas between them are needed")
     return numbers
 
 

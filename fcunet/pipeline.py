@@ -137,6 +137,13 @@ def find_peaks(
     }
     if chosen.method == "fcunet":
         peaks.attrs["shared_dilation_std"] = shared_dilation_std(chosen.weights)
+    if datacube.sizes["qy"] > 1 and "qy" in datacube.coords:
+        first, second = datacube["qy"].values[:2]
+        peaks.attrs["qy"] = {
+            "first": float(first),
+            "step": float(second - first),
+            "units": datacube["qy"].attrs.get("units", schema.UNIT_PIXEL),
+        }
     if chosen.method == "cepstral":
         peaks.attrs["space"] = REAL_SPACE
         for i, name in enumerate(("origin_qy", "origin_qx")):

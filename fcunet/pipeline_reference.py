@@ -1,5 +1,6 @@
 """What strain is relative to: the reference lattices of a scan, and its grains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from . import schema
+from .crystal import Crystal, read_crystal
 from .kernels.grains import label_grains
 from .kernels.strain import COMPONENTS, deformation_gradient, strain_from_F
 
@@ -176,3 +178,82 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, 
     middle, of_middle, used = _middle(g, covariance, reference if isinstance(reference, str) else "median")
     name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
     return middle, of_middle, f"{name} of {used} of {len(g)} positions, {where}"
+
+
+def onto_crystal(
+    references: dict[int, tuple[Array, Array | None]],
+    crystal: str | Crystal,
+    q_pixel: float | None,
+    *,
+    zone: ArrayLike | None = None,
+    miller: ArrayLike | None = None,
+) -> tuple[dict[int, tuple[Array, Array | None]], NDArray[np.int64], str]:
+    """Ideal lattices instead of measured references, turned onto them; indices of g1, g2, and a name.
+
+    Parameters
+    ----------
+    references : dict
+        Number: measured vectors (2, 2) in px on an undistorted detector, covariance.
+    crystal, q_pixel, zone, miller
+        As for :func:`fcunet.compute_strain`.
+
+    Raises
+    ------
+    ValueError
+        If the pixel size is not known, or the first lattice is not of this crystal; a later one that is not
+        keeps its measured reference.
+    """
+    if q_pixel is None or not q_pixel > 0:
+        raise ValueError(
+            "absolute strain needs the pixel size of the detector, which these data do not have: measure it "
+            "with fcunet calibrate --crystal, or give it in 1/angstrom: q_pixel=0.01"
+        )
+    known = read_crystal(crystal) if isinstance(crystal, str) else crystal
+    ideal, indices = dict(references), None
+    for number in sorted(references):
+        try:
+            vectors, own = known.lattice(references[number][0], q_pixel, zone=zone, miller=miller)
+        except ValueError:
+            if indices is None:
+                raise
+            continue
+        ideal[number] = (vectors, None)
+        indices = own if indices is None else indices
+    assert indices is not None
+    name = " and ".join("({} {} {})".format(*row) for row in indices)
+    return ideal, indices, f"ideal {known.name}, g1 and g2 = {name}"
+
+
+def axis_in_lattice(axis: str | Sequence[int], indices: NDArray[np.int64] | None) -> Array:
+    """A direction as coefficients of g1 and g2.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or not in the plane of the pattern.
+    """
+    words = {"g1": (1.0, 0.0), "g2": (0.0, 1.0)}
+    if isinstance(axis, str) and axis in words:
+        return np.array(words[axis])
+    values = np.asarray([] if isinstance(axis, str) else axis, dtype=np.float64)
+    if values.shape == (2,) and values.any():
+        return values
+    if values.shape != (3,) or not values.any():
+        raise ValueError(
+            f"axis is {axis!r}; use 'g1', 'g2', two integers (combination of g1 and g2), or with a crystal "
+            "three, (h, k, l)"
+        )
+    if indices is None:
+        raise ValueError(f"axis {list(axis)} are Miller indices, which need a crystal: crystal='F 5.4309'")
+    mix, *_ = np.linalg.lstsq(indices.T.astype(np.float64), values, rcond=None)
+    if np.abs(mix @ indices - values).max() > 1e-6:
+        raise ValueError(
+            f"axis {list(axis)} is not in the plane of the pattern, which (h k l) = {indices.tolist()} span"
+        )
+    return np.asarray(mix, dtype=np.float64)
+
+
+def axis_angle(vector: Array, transpose: bool) -> float:
+    """Direction of a vector (y, x) from +x towards +y, degrees, after rows and columns are exchanged."""
+    y, x = vector[::-1] if transpose else vector
+    return float(np.degrees(np.arctan2(y, x)))

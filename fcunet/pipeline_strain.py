@@ -14,6 +14,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from . import cepstral, schema
+from .crystal import Crystal
 from .kernels import lattice as kernel
 from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.lattice_fit import with_shared_dilation
@@ -28,7 +29,14 @@ from .kernels.strain import (
     strain_from_F,
     strain_std,
 )
-from .pipeline_reference import find_grains, find_references, lattice_numbers
+from .pipeline_reference import (
+    axis_angle,
+    axis_in_lattice,
+    find_grains,
+    find_references,
+    lattice_numbers,
+    onto_crystal,
+)
 
 Array = NDArray[np.float64]
 
@@ -60,8 +68,9 @@ def fit_lattice(
         `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy. The attribute
         ``shared_dilation_std``, a strain, is what `peak_sigma` leaves out: an error that all peaks of a
         pattern share. It goes into `covariance` where `weighting` is "sigma".
-    basis : array_like, shape (2, 2), optional
-        Approximate g1, g2 as (y, x) in px. None: found from a sample of the peaks.
+    basis : array_like, shape (2, 2) or (n, 2, 2), optional
+        Approximate g1, g2 as (y, x) in px, of one lattice or of each that may occur. None: found from a
+        sample of the peaks.
     origin : array_like, shape (2,), optional
         Approximate (y, x) of the direct beam in px, to half a lattice vector. None: `origin_qy`, `origin_qx`
         of `peaks`, else the site with most intensity in a sample of the peaks.
@@ -89,7 +98,7 @@ def fit_lattice(
         side, middle = cepstral.cepstral_frame(peaks.attrs["detector_shape"])
         fitted = fit_lattice(
             cepstral.as_fitted(peaks),
-            basis=None if basis is None else cepstral.other_lattice(basis, side),
+            basis=None if basis is None else cepstral.other_lattice(np.reshape(basis, (-1, 2, 2))[0], side),
             origin=middle,
             weighting=weighting,
             robust=robust,
@@ -161,6 +170,11 @@ def compute_strain(
     lattice: xr.Dataset,
     *,
     reference: str | ArrayLike = "median",
+    crystal: str | Crystal | None = None,
+    zone: ArrayLike | None = None,
+    miller: ArrayLike | None = None,
+    q_pixel: float | None = None,
+    axis: str | Sequence[int] | None = None,
     measure: Measure = "infinitesimal",
     convention: Convention = "fcunet",
     rotation_degree: float | None = None,
@@ -183,6 +197,20 @@ def compute_strain(
         of the scan, or all positions of a lattice that is not there;
         ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken
         as exact.
+    crystal : str or Crystal, optional
+        Absolute strain, against an ideal crystal: its cell or CIF file, as for
+        :func:`fcunet.crystal.read_crystal`. It is turned in the plane onto the lattice that `reference` says,
+        of each grain with ``"grain"``, so rotation stays relative to that. Strain is as good as the pixel
+        size: an error of 1 % there is a dilation of 1 % here.
+    zone : array_like of 3 int, optional
+        Zone axis of the crystal along the beam, where the lattice alone does not tell.
+    miller : array_like of int, shape (2, 3), optional
+        Indices of g1 and g2 (of ``attrs["basis_px"]``). None: those that fit their lengths and angle.
+    q_pixel : float, optional
+        Pixel size in 1/angstrom, for `crystal`. None: that of the data.
+    axis : "g1", "g2", 2 or 3 integers, optional
+        Strain along the axes of the crystal: +x lies along this reciprocal lattice vector of the reference,
+        as its indices in (g1, g2), or, with `crystal`, (h, k, l). Goes before `rotation_degree`.
     measure, convention
         As for :func:`fcunet.kernels.strain.strain_from_F`.
     rotation_degree : float, optional
@@ -197,7 +225,7 @@ def compute_strain(
     Dataset
         `e_xx, e_yy, e_xy` (tensor shear), `theta` (rad) (scan_y, scan_x) float64, each with `_std` float32;
         `valid`; `grain`, connected regions of valid positions; and `F` (.., row, column), detector frame. NaN
-        where there is no lattice. ``attrs["frame"]`` is ``"scan"`` or ``"detector"``.
+        where there is no lattice. ``attrs["frame"]`` is ``"scan"``, ``"detector"`` or ``"crystal"``.
 
     Raises
     ------
@@ -217,6 +245,11 @@ def compute_strain(
         number: undistort_lattice(vectors, covariance, ellipse)
         for number, (vectors, covariance, _) in references.items()
     }
+    indices = None
+    if crystal is not None:
+        scale = lattice.attrs.get("q_pixel") if q_pixel is None else q_pixel
+        flat, indices, note = onto_crystal(flat, crystal, scale, zone=zone, miller=miller)
+        measured_ref, description = flat[min(flat)][0], f"{note}, turned onto {description}"
     if transpose is None:
         transpose = bool(lattice.attrs.get("scan_transposed", False))
     frame = "detector" if rotation_degree is None and not transpose else "scan"
@@ -228,6 +261,11 @@ def compute_strain(
         "rotation_degree": float(rotation_degree or 0.0),
         "transpose": bool(transpose),
     }
+    rotations = dict.fromkeys(flat, options["rotation_degree"])
+    if axis is not None:
+        along = axis_in_lattice(axis, indices)
+        rotations = {number: axis_angle(along @ flat[number][0], bool(transpose)) for number in flat}
+        frame, options["rotation_degree"] = "crystal", rotations[min(flat)]
     strain_from_F(np.eye(2), measure, convention)  # refuses unknown names before the first block is computed
     for vectors, _ in flat.values():
         deformation_gradient(vectors, vectors)
@@ -240,16 +278,17 @@ def compute_strain(
         *arrays,
         kwargs={
             "references": flat,
+            "rotations": rotations,
             "options": options,
             "ellipse": ellipse,
         },
         input_core_dims=[[]] * 5 + ([] if covariance is None else [["parameter", "parameter2"]]),
-        output_core_dims=[[]] * 8 + [["row", "column"]],
+        output_core_dims=[[]] * 13 + [["row", "column"]],
         dask="parallelized",
-        output_dtypes=[np.float64] * 4 + [np.float32] * 4 + [np.float64],
+        output_dtypes=[np.float64] * 4 + [np.float32] * 9 + [np.float64],
         dask_gufunc_kwargs={"output_sizes": {"row": 2, "column": 2}},
     )
-    names = (*COMPONENTS, *(f"{name}_std" for name in COMPONENTS))
+    names = (*COMPONENTS, *(f"{name}_std" for name in COMPONENTS), *_PRINCIPAL)
     strain = xr.Dataset(
         {
             name: array.assign_attrs(schema.STRAIN[name].attrs)
@@ -262,23 +301,14 @@ def compute_strain(
     strain["grain"].attrs = schema.STRAIN["grain"].attrs | {
         "method": "connected positions of one lattice, neighbours within 2 degrees; the largest is 1"
     }
-    principal = xr.apply_ufunc(
-        _principal_block,
-        results[-1],
-        kwargs={"options": options},
-        input_core_dims=[["row", "column"]],
-        output_core_dims=[[]] * 5,
-        dask="parallelized",
-        output_dtypes=[np.float32] * 5,
-    )
-    for name, array in zip(_PRINCIPAL, principal, strict=True):
-        strain[name] = array.assign_attrs(schema.STRAIN[name].attrs)
     strain["F"] = results[-1].assign_attrs(schema.LATTICE["F"].attrs | {"frame": "detector"})
     if convention in ("quantem", "pyxem"):
         strain["theta"].attrs["long_name"] = f"lattice rotation, sign as in {convention}: from +y towards +x"
     if convention == "pyxem":
         strain["e_xy"].attrs["long_name"] = "shear strain, sign as in pyxem: that of the reciprocal lattice"
     strain.attrs = {
+        **({} if axis is None else {"axis": axis if isinstance(axis, str) else list(axis)}),
+        **({} if indices is None else {"miller": indices.tolist()}),
         "measure": measure,
         "convention": convention,
         "frame": frame,
@@ -463,34 +493,32 @@ def _fit_block(
     )
 
 
-def _strain_block(*arrays: Array, references: dict, options: dict, ellipse: Ellipse):
-    """Vector components, number of the reference, maybe covariance in; strain, its deviations, F out."""
+def _strain_block(*arrays: Array, references: dict, rotations: dict, options: dict, ellipse: Ellipse):
+    """Vector components, number of the reference, maybe covariance in; variables of the strain and F out."""
     lead = arrays[0].shape
     g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
     g, covariance = undistort_lattice(g, arrays[5] if len(arrays) == 6 else None, ellipse)
     member = np.asarray(arrays[4])
-    F = np.full((*lead, 2, 2), np.nan)
+    F, turned = (np.full((*lead, 2, 2), np.nan) for _ in range(2))
     std = {f"{name}_std": np.full(lead, np.nan) for name in COMPONENTS}
     for number in np.unique(member):
         if number not in references:
             continue
         here = member == number
         g_ref, of_reference = references[number]
+        frame = {"rotation_degree": rotations[number], "transpose": options["transpose"]}
         F[here] = deformation_gradient(g[here], g_ref)
+        turned[here] = rotate_frame(F[here], **frame)
         if covariance is not None:
-            own = strain_std(g[here], g_ref, covariance[here], reference_covariance=of_reference, **options)
+            given = options | frame
+            own = strain_std(g[here], g_ref, covariance[here], reference_covariance=of_reference, **given)
             for name, values in own.items():
                 std[name][here] = values
-    turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
     strain = strain_from_F(turned, options["measure"], options["convention"])
-    return *strain.values(), *(v.astype(np.float32) for v in std.values()), F
-
-
-def _principal_block(F: Array, *, options: dict):
-    """Principal strains of F in the frame of the strain, whatever the convention of its components."""
-    turned = rotate_frame(F, options["rotation_degree"], transpose=options["transpose"])
-    e = strain_from_F(turned, options["measure"])
-    return tuple(v.astype(np.float32) for v in principal_strains(e["e_xx"], e["e_yy"], e["e_xy"]).values())
+    e = strain_from_F(turned, options["measure"])  # principal strains are the same in every convention
+    principal = principal_strains(e["e_xx"], e["e_yy"], e["e_xy"])
+    rest = (v.astype(np.float32) for v in (*std.values(), *principal.values()))
+    return *strain.values(), *rest, F
 
 
 def _splat_block(
@@ -508,16 +536,19 @@ def _common_lattices(
         raise ValueError(
             f"origin has shape {np.shape(origin)}, needed is (y, x) in px; per position: origin_qy, origin_qx"
         )
-    if basis is not None and origin is not None:
-        return [kernel.Basis(np.asarray(origin, dtype=np.float64), np.asarray(basis, dtype=np.float64))]
+    given = None if basis is None else np.asarray(basis, dtype=np.float64).reshape(-1, 2, 2)
+    if given is not None and origin is not None:
+        return [kernel.Basis(np.asarray(origin, dtype=np.float64), g) for g in given]
     sample = _sample(peaks)
     intensity = sample["peak_intensity"].values if "peak_intensity" in sample else None
     if origin is None and {"origin_qy", "origin_qx"} <= set(sample):
         origin = [float(sample[name].median()) for name in ("origin_qy", "origin_qx")]
         origin = origin if np.isfinite(origin).all() else None
     y, x = sample["peak_qy"].values, sample["peak_qx"].values
-    if basis is not None:
-        return [kernel.find_basis(y, x, intensity, origin=origin, g=basis)]
+    if given is not None:
+        share = {"min_share": 0.02} if len(given) > 1 else {}
+        first = kernel.find_basis(y, x, intensity, origin=origin, g=given[0], **share)
+        return [kernel.Basis(first.origin, g) for g in given]
     return find_lattices(
         y, x, intensity, origin=origin, max_orientations=int(most), min_num_peaks=min_num_peaks
     )
@@ -560,4 +591,8 @@ def _geometry(peaks: xr.Dataset) -> dict[str, float]:
     source = peaks.attrs.get("datacube")
     attrs = (dict(source) if isinstance(source, dict) else {}) | peaks.attrs
     found = {name: attrs[name] for name in schema.GEOMETRY_ATTRS if attrs.get(name) is not None}
-    return {name: float(value) for name, value in found.items() if np.isfinite(float(value))}
+    geometry = {name: float(value) for name, value in found.items() if np.isfinite(float(value))}
+    axis = attrs.get("qy")
+    if isinstance(axis, dict) and axis.get("units") == schema.UNIT_Q:
+        geometry["q_pixel"] = abs(float(axis["step"]))
+    return geometry

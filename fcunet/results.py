@@ -11,11 +11,13 @@ import dask
 import numpy as np
 import xarray as xr
 
-from . import schema
+from . import schema, second
+from .calibration import Calibration
 from .cepstral import in_real_space
 from .config import Config, StrainConfig
 from .datacube import coordinate
 from .kernels.lattice import NoLatticeError
+from .nn.range import MEANINGS, TrainingRange, outside_training
 from .pipeline import bragg_vector_map, compute_strain, fit_lattice
 from .provenance import provenance
 from .store import open_peaks, open_results, write_results
@@ -41,29 +43,21 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     device : str, optional
         What the peaks were found on, for the provenance.
     """
-    peaks = open_peaks(out / PEAKS)
+    peaks, calibration = _open(out)
     attrs = root_attrs(out / PEAKS)
     found_here = "peaks_from" not in attrs  # otherwise there were no patterns to measure
     patterns = dict(zip(("mean", "maximum"), finish_patterns(out / PEAKS), strict=True)) if found_here else {}
     status = peaks["status"].values
-    calibration = load_calibration(out / PEAKS) if found_here else None
-    if calibration is not None and (
-        calibration.origin_stored is not None or calibration.descan_px > 1 or in_real_space(peaks)
-    ):
-        for i, name in enumerate(("origin_qy", "origin_qx")):
-            peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
     with dask.config.set(
         scheduler="threads"
     ):  # the cluster is for patterns: peaks are few, and it may be gone
-        settings = config.strain
-        try:
-            lattice = fit_lattice(peaks, **config.lattice.model_dump()).compute()
-        except NoLatticeError as err:
-            logger.warning("no strain: %s", err)
-            lattice, settings = _no_lattice(peaks), _UNIT_REFERENCE
-        strain = compute_strain(lattice, **settings.model_dump()).compute()
+        lattice, strain = _fit(peaks, config)
+        flag = _flag(peaks, lattice, attrs, calibration)
+        lattice, strain, other = _second_opinion(out, config, lattice, strain, flag, say)
         vector_map = bragg_vector_map(peaks).compute()
         virtual = peaks[[n for n in (*schema.VIRTUAL, "n_peaks", "truncated") if n in peaks]].compute()
+    if flag is not None:
+        strain["outside_training"] = flag
     lattice, strain = lattice.assign(F=strain["F"]), strain.drop_vars("F")
     patterns["bragg_vector_map"] = np.asarray(vector_map.values, np.float32)
     diffraction = xr.Dataset(
@@ -83,6 +77,8 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
         "/virtual": virtual.drop_attrs(deep=False),
         "/diffraction": diffraction,
     }
+    if other is not None:
+        groups["/second"] = other
     truth_group = out / PEAKS / "truth"
     if truth_group.exists():
         groups["/truth"] = xr.open_zarr(truth_group, consolidated=False, chunks=None).load()
@@ -108,6 +104,94 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     if share < 50:
         logger.warning("only %.0f %% of the positions have a lattice; look at: fcunet preview STORE", share)
     return open_results(out)
+
+
+def _open(out: Path) -> tuple[xr.Dataset, Calibration | None]:
+    """The peaks of a run, with the origin where it moves, and the calibration, if they were found here."""
+    peaks = open_peaks(out / PEAKS)
+    if "peaks_from" in root_attrs(out / PEAKS):
+        return peaks, None
+    calibration = load_calibration(out / PEAKS)
+    if calibration.origin_stored is not None or calibration.descan_px > 1 or in_real_space(peaks):
+        for i, name in enumerate(("origin_qy", "origin_qx")):
+            peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
+    return peaks, calibration
+
+
+def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> tuple[xr.Dataset, xr.Dataset]:
+    """Lattice and strain as the settings say, in memory; all NaN where no lattice is found at all."""
+    settings = config.strain
+    given = config.lattice.model_dump() | ({"basis": basis} if basis is not None else {})
+    try:
+        lattice = fit_lattice(peaks, **given).compute()
+    except NoLatticeError as err:
+        logger.warning("no strain: %s", err)
+        lattice, settings = _no_lattice(peaks), _UNIT_REFERENCE
+    return lattice, compute_strain(lattice, **settings.model_dump()).compute()
+
+
+def _flag(
+    peaks: xr.Dataset, lattice: xr.Dataset, attrs: dict[str, Any], calibration: Calibration | None
+) -> xr.DataArray | None:
+    """Which patterns are unlike those the network was trained on; None if it was not the network."""
+    if not attrs.get("weights_sha256") or calibration is None:
+        return None
+    limits = TrainingRange(**{k: _tuple(v) for k, v in attrs.get("training_range", {}).items()})
+    vectors = np.stack([lattice[name].values for name in schema.LATTICE_PARAMETERS[2:]], -1)
+    shortest = np.hypot(vectors[..., ::2], vectors[..., 1::2]).min(-1)
+    flag = outside_training(
+        peaks["total"].values,
+        shortest,
+        radius_px=calibration.probe_radius_px,
+        edge_sigma_px=calibration.edge_sigma_px,
+        limits=limits,
+    )
+    named = {"flag_masks": list(MEANINGS), "flag_meanings": " ".join(MEANINGS.values())}
+    return xr.DataArray(flag, dims=schema.SCAN_DIMS, attrs=schema.TRUST["outside_training"].attrs | named)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _second_opinion(
+    out: Path,
+    config: Config,
+    lattice: xr.Dataset,
+    strain: xr.Dataset,
+    flag: xr.DataArray | None,
+    say: Callable[[str], None],
+) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset | None]:
+    """Lattice and strain, of the second method where wanted, and the comparison; None without one."""
+    method = config.second.second_opinion
+    if method in ("none", config.detection.method):
+        return lattice, strain, None
+    folder = out / second.FOLDER
+    if not (folder / PEAKS).is_dir() or (open_peaks(folder / PEAKS)["status"] == schema.STATUS_TODO).any():
+        logger.warning("no second opinion: its peaks were not found yet; fcunet run with --second-opinion")
+        return lattice, strain, None
+    peaks, _ = _open(folder)
+    found = root_attrs(folder / PEAKS).get("method")
+    if found != method:
+        logger.warning("no second opinion by %s: %s holds that by %s; use --restart", method, folder, found)
+        return lattice, strain, None
+    bases = lattice.attrs["bases_px"] if strain["valid"].any() and not in_real_space(peaks) else None
+    others = _fit(peaks, config, bases)
+    compared = second.compare_opinions(strain, others[1])
+    compared.attrs["method"] = method
+    numbers = compared.attrs
+    if numbers["positions"]:
+        say(
+            f"  second    {method}: {1e3 * numbers['disagreement_rms']:.2f}e-3 rms apart, median "
+            f"{numbers.get('disagreement_sigma_median', np.nan):.1f} error bars, "
+            f"{100 * numbers.get('disagreement_share', np.nan):.1f} % of the positions beyond 3"
+        )
+    if config.second.fall_back:
+        doubt = xr.zeros_like(strain["valid"]) if flag is None else flag > 0
+        lattice, strain = second.fall_back((lattice, strain), others, doubt)
+        taken = int((strain["source"] == second.SECOND).sum())
+        say(f"  fall-back {taken:,} positions are those of the second opinion")
+    return lattice, strain, compared
 
 
 _UNIT_REFERENCE = StrainConfig(reference=((1.0, 0.0), (0.0, 1.0)))  # of nothing: every strain is NaN

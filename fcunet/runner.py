@@ -21,8 +21,9 @@ import shutil
 import threading
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,13 @@ from .datacube import DamagedBlockError
 from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
-from .nn.weights import resolve_weights, shared_dilation_std
+from .nn.range import TrainingRange
+from .nn.weights import resolve_weights, shared_dilation_std, training_facts
 from .pipeline import INTENSITY_ATTRS
 from .progress import Progress, duration
 from .provenance import input_fingerprint, provenance
 from .results import analyse, public_settings
+from .second import FOLDER as SECOND
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
 from .slurm import read_profile
 from .store import (
@@ -163,7 +166,9 @@ def run(
         for warning in calibration.warnings:
             say(f"  note      {warning}")
         write_text(plan.out / CONFIG, config.to_yaml())
-        facts = _find_all_peaks(plan, client, say, progress)
+        with _shared(plan, client) as connected:
+            facts = _find_all_peaks(plan, connected, say, progress)
+            _find_second_opinion(plan, calibration, connected, say, progress)
         peaks_end = time.perf_counter()
         tree = analyse(plan.out, config, say, device=facts.get("device"))
         plan.seconds["analyse"] = time.perf_counter() - peaks_end
@@ -177,6 +182,42 @@ def run(
         return tree
 
 
+def _find_second_opinion(
+    plan: _Run, calibration: Calibration, client: Client | None, say: "Speaker", progress: bool
+) -> None:
+    """The peaks of another method, if one is asked for: a run of its own in a folder of this one."""
+    if (second := _second_plan(plan)) is None:
+        return
+    say(f"  second    {second.config.detection.method}, for a second opinion")
+    _prepare(second, calibration)
+    _find_all_peaks(second, client, say, progress)
+
+
+def _second_plan(plan: _Run) -> _Run | None:
+    """The run of the second method; None if there is none."""
+    config = plan.config
+    method = config.second.second_opinion
+    if method in ("none", config.detection.method):
+        return None
+    detection = config.detection.model_copy(update={"method": method})
+    return _plan(config.model_copy(update={"detection": detection, "out": plan.out / SECOND}))
+
+
+@contextmanager
+def _shared(plan: _Run, client: Client | None) -> Iterator[Client | None]:
+    """One set of workers for both methods, where both have something left to do."""
+    second = _second_plan(plan)
+    if client is not None or second is None or not (_unfinished(plan) and _unfinished(second)):
+        yield client
+        return
+    with _client(plan.config, plan.out, None) as connected:
+        yield connected
+
+
+def _unfinished(plan: _Run) -> bool:
+    return not plan.peaks.exists() or bool((read_status(plan.peaks) != schema.STATUS_DONE).any())
+
+
 def plan(config: Config) -> list[str]:
     """What :func:`run` would do and take, in lines of text; nothing is written.
 
@@ -188,6 +229,8 @@ def plan(config: Config) -> list[str]:
     lines = _describe(planned)
     prediction = predict(planned.config)
     lines += prediction.lines() + [f"  problem   {problem}" for problem in prediction.problems]
+    if (second := _second_plan(planned)) is not None:
+        lines.append(f"  second    {second.config.detection.method} as well, not counted above")
     if planned.peaks.exists():
         status = read_status(planned.peaks)
         done = int((status == schema.STATUS_DONE).sum())
@@ -283,13 +326,13 @@ def _sample_digests(datacube: xr.Dataset) -> list[str]:
     return digests
 
 
-def _prepare(plan: _Run) -> Calibration:
-    """The peaks store of this run, made or checked, with the calibration in it."""
+def _prepare(plan: _Run, known: Calibration | None = None) -> Calibration:
+    """The peaks store of this run, made or checked, with the calibration in it: `known`, else measured."""
     if plan.peaks.exists():
         _check_identity(plan)
     else:
         started = time.perf_counter()
-        calibration = _measure(plan)
+        calibration = known or _measure(plan)
         plan.seconds["calibrate"] = time.perf_counter() - started
         network = _uses_network(plan.config)
         facts = {
@@ -299,6 +342,10 @@ def _prepare(plan: _Run) -> Calibration:
             "intensity_meaning": INTENSITY_ATTRS[plan.config.detection.method]["meaning"],
             "intensity_units": "V" if network else None,
             "shared_dilation_std": shared_dilation_std(plan.weights) if plan.weights else None,
+            "method": plan.config.detection.method,
+            "training_range": asdict(TrainingRange.of_weights(training_facts(plan.weights)))
+            if plan.weights
+            else None,
             "space": REAL_SPACE if plan.config.detection.method == "cepstral" else None,
             "run_id": _run_id(plan),
             "input_samples": _sample_digests(plan.datacube),
@@ -321,7 +368,7 @@ def _prepare(plan: _Run) -> Calibration:
         )
         save_calibration(plan.peaks, calibration)
     if not (plan.peaks / "calibration").exists():  # killed between the two
-        save_calibration(plan.peaks, _measure(plan))
+        save_calibration(plan.peaks, known or _measure(plan))
     if not (plan.peaks / "truth").exists() and (truth := open_truth(plan.store)) is not None:
         _save_truth(plan, truth)
     return load_calibration(plan.peaks)
@@ -603,7 +650,7 @@ def _bytes(n: float) -> str:
 
 def _forget(out: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for name in (PEAKS, RESULTS):
+    for name in (PEAKS, RESULTS, SECOND):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in (SUMMARY, CONFIG, DASK_REPORT, "report.html"):
         (out / name).unlink(missing_ok=True)

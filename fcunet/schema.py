@@ -162,8 +162,29 @@ DIFFRACTION = _table(
     ),
 )
 
+# what a run knows of the trust in each position, beside the strain
+TRUST = _table(
+    Variable(
+        "outside_training",
+        SCAN_DIMS,
+        "iu",
+        None,
+        "pattern unlike those of the network's training, bit by bit",
+    ),
+    Variable("source", SCAN_DIMS, "iu", None, "1: the first method; 2: the second opinion; 0: no lattice"),
+)
+
+# the same scan by another method, and how far the two are apart
+SECOND = {
+    name: STRAIN[name] for name in (*STRAIN_COMPONENTS, *(f"{c}_std" for c in STRAIN_COMPONENTS), "valid")
+} | _table(
+    Variable("disagreement", SCAN_DIMS, "f", "1", "rms difference of e_xx, e_yy, e_xy of two methods"),
+    Variable("disagreement_sigma", SCAN_DIMS, "f", "1", "the same in units of the error bars of both"),
+)
+
 RESULT_GROUPS: dict[str, dict[str, Variable]] = {
-    "strain": STRAIN,
+    "strain": STRAIN | TRUST,
+    "second": SECOND,
     "lattice": LATTICE,
     "virtual": VIRTUAL,
     "diffraction": DIFFRACTION,

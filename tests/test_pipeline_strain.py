@@ -24,13 +24,13 @@ def truth():
     return F
 
 
-def make_peaks(noise=0.0, seed=0, F=None):
+def make_peaks(noise=0.0, seed=0, F=None, g=G):
     rng = np.random.default_rng(seed)
     F = truth() if F is None else F
     origin = np.array([127.0, 130.0]) + np.stack(
         np.meshgrid(np.arange(8) * 0.1, np.arange(10) * 0.2, indexing="ij"), -1
     )
-    q = origin[..., None, :] + SITES @ (G @ np.linalg.inv(F))
+    q = origin[..., None, :] + SITES @ (g @ np.linalg.inv(F))
     q = q + noise * rng.normal(size=q.shape)
     q = np.where((np.abs(q - 128) < 110).all(-1)[..., None], q, np.nan)
     intensity = np.where(np.isfinite(q[..., 0]), np.exp(-(SITES**2).sum(1) / 10.0), np.nan)

@@ -79,6 +79,12 @@ def shared_dilation_std(name: str | os.PathLike[str] = "default") -> float:
     return float(_read_config(resolve_weights(name)[0])["model"].get("dilation_std", 0.0))
 
 
+def training_facts(weights: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the weights say of their training: data, time, figures."""
+    folder, _ = resolve_weights(weights)
+    return dict(_read_config(folder).get("training", {}))
+
+
 def load_model(
     weights: str | os.PathLike[str] = "default",
     *,

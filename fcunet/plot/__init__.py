@@ -6,7 +6,7 @@ Colours are safe for colour-blind readers; what is missing is grey. All take ``t
 "column" (85 mm), "page" (180 mm) or "slide".
 """
 
-from .compare import methods, numbers, truth
+from .compare import disagreement, methods, numbers, truth
 from .evidence import calibration_evidence, descan
 from .lines import along_line, grains, orientations, profile
 from .maps import error_bars, scan_map, strain, virtual
@@ -22,6 +22,7 @@ __all__ = [
     "descan",
     "detection",
     "difference",
+    "disagreement",
     "error_bars",
     "grains",
     "methods",

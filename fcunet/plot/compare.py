@@ -226,6 +226,48 @@ def methods(results: Mapping[str, xr.Dataset], known: xr.Dataset | None = None) 
 
 
 @styled
+def disagreement(results: xr.DataTree) -> Figure:
+    """How far a second method is from the first, as a map, in error bars, and what was made of it.
+
+    Parameters
+    ----------
+    results : DataTree
+        Results of a run with a second opinion.
+
+    Returns
+    -------
+    Figure
+        Two or three panels; the third, if there is anything to show, marks patterns unlike those of the
+        network's training, and where the second method was taken instead.
+    """
+    second, strain_ = group_of(results, "second"), group_of(results, "strain")
+    need(second, ("disagreement", "disagreement_sigma"), "disagreement")
+    apart = second["disagreement"] * 1e3
+    top = max(1e-3, range_of(np.abs(apart.values), 2, 98)[1])
+    maps = [
+        (apart, (0.0, top), "difference of the strain", r"$10^{-3}$"),
+        (second["disagreement_sigma"], (0.0, 5.0), "the same in error bars", "error bars"),
+    ]
+    marked = xr.zeros_like(apart).where(strain_["valid"])
+    if "outside_training" in strain_:
+        marked = marked.where(strain_["outside_training"].values == 0, 1.0)
+    if "source" in strain_:
+        marked = marked.where(strain_["source"].values != 2, 2.0)
+    if float(marked.max()) > 0:
+        maps.append((marked, (0.0, 2.0), "1: unlike training, 2: second method", ""))
+    width, height = panel_size(apart)
+    line = is_line(apart)
+    columns = 1 if line or in_column() else len(maps)
+    rows = len(maps) // columns if columns > 1 else len(maps)
+    figure = new_figure(columns * (6.5 if line else width + 0.6), rows * (2.0 if line else height + 0.4))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, (array, limits, title, unit) in zip(axes.flat, maps, strict=True):
+        draw_map(ax, array, cmap="cividis", limits=limits, label=unit, bar=ax is axes[0, 0])
+        ax.set_title(title)
+    return figure
+
+
+@styled
 def numbers(results: xr.DataTree) -> Figure:
     """Histograms over the scan: peaks found and indexed, residual of the fit, strain, error bars.
 

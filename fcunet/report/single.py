@@ -13,6 +13,7 @@ from .. import plot, schema
 from ..cepstral import in_real_space
 from ..schema import STRAIN_COMPONENTS
 from ..store import open_datacube, open_peaks
+from .opinion import doubts_of_method, second_opinion
 from .page import boxes, grid, paragraph, picture, section, table, text, write_page
 from .source import Run, headline, load_run, number
 
@@ -149,6 +150,7 @@ def _trust(run: Run) -> Iterable[str]:
             lambda **how: plot.error_bars(run.tree, **how),
             keep=run.folder / "error_bars.png",
         )
+    yield from second_opinion(run)
     yield picture(
         "How the numbers are spread over the scan",
         lambda **how: plot.numbers(run.tree, **how),
@@ -173,6 +175,7 @@ def _doubts(run: Run) -> Iterable[str]:
             f"{100 * cut:.0f} % of the patterns have more peaks than are kept: the threshold may be too low, "
             "or --max-num-peaks."
         )
+    yield from doubts_of_method(run)
     yield from (run.calibration.warnings if run.calibration else ())
     yield from run.notes
 

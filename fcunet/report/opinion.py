@@ -1,0 +1,52 @@
+"""What another method makes of the same scan, and what is unlike the training of the network."""
+
+from collections.abc import Iterable
+
+from .. import plot
+from ..nn.range import MEANINGS
+from .page import paragraph, picture
+from .source import Run
+
+
+def second_opinion(run: Run) -> Iterable[str]:
+    """Numbers and a map of the disagreement; nothing for a run without a second opinion."""
+    if "second" not in run.tree.children:
+        return
+    attrs = run.tree["second"].attrs
+    method, positions = attrs.get("method", "another method"), attrs.get("positions", 0)
+    if not positions:
+        yield paragraph(f"Second opinion: {method} finds no lattice where this method does.", "note")
+        return
+    words = (
+        f"Second opinion: strain from {method}, found independently, is "
+        f"{1e3 * attrs['disagreement_rms']:.2f} x 1e-3 (rms) from this one over {positions:,} positions"
+    )
+    share = attrs.get("disagreement_share")
+    if share is not None:
+        words += (
+            f", median {attrs['disagreement_sigma_median']:.1f} error bars of both; {100 * share:.1f} % of "
+            "the positions are more than 3 apart. Where both are right, that is about 1, and below 1 %"
+        )
+    means = attrs.get("difference_mean", {})
+    words += ". Mean difference: " + ", ".join(f"{c} {1e3 * v:+.2f} x 1e-3" for c, v in means.items()) + "."
+    yield paragraph(words, "note" if share is not None and share > 0.1 else "")
+    yield picture(
+        "Where the two methods disagree",
+        lambda **how: plot.disagreement(run.tree, **how),
+        keep=run.folder / "disagreement.png",
+    )
+
+
+def doubts_of_method(run: Run) -> Iterable[str]:
+    """Patterns unlike those of training, and positions taken from the second method."""
+    if "outside_training" in run.strain:
+        outside = run.strain["outside_training"].values
+        for bit, meaning in MEANINGS.items():
+            if (some := float((outside & bit > 0).mean())) > 0.01:
+                yield (
+                    f"{100 * some:.0f} % of the patterns are unlike those the network was trained on "
+                    f"({meaning.replace('_', ' ')}): ask another method, --second-opinion correlation, and "
+                    "take its answer there with --fall-back."
+                )
+    if "source" in run.strain and (some := float((run.strain["source"].values == 2).mean())) > 0:
+        yield f"{100 * some:.1f} % of the positions are those of the second method (variable 'source')."
