@@ -95,7 +95,12 @@ class CalibrationConfig(_Section):
 class LatticeConfig(_Section):
     """How a lattice is fitted to the peaks of one position."""
 
-    basis: Vectors | None = Field(None, description="g1_y,g1_x,g2_y,g2_x in px; None = found from the peaks")
+    basis: Vectors | tuple[Vectors, ...] | None = Field(
+        None,
+        description="g1_y,g1_x,g2_y,g2_x in px; 8 or 12 numbers for two or three known crystals, such as "
+        "a film and its substrate; None = found from the peaks",
+    )
+    max_lattices: int = Field(1, ge=1, le=3, description="lattices of one position that are fitted and kept")
     max_peak_spacing: float | None = Field(
         None, gt=0, description="largest distance of a peak from its site, px"
     )
@@ -112,7 +117,7 @@ class LatticeConfig(_Section):
     @field_validator("basis", mode="before")
     @classmethod
     def _parse_basis(cls, value: Any) -> Any:
-        return parse_vectors(value) if isinstance(value, str) else value
+        return parse_crystals(value) if isinstance(value, str) else value
 
 
 class StrainConfig(_Section):
@@ -329,6 +334,15 @@ def parse_vectors(text: str) -> Vectors:
     """``"29.9,0.5,-0.4,50.3"`` as two vectors ((y, x), (y, x)) in px."""
     y1, x1, y2, x2 = parse_numbers(text, 4, "a pair of vectors g1_y,g1_x,g2_y,g2_x")
     return (y1, x1), (y2, x2)
+
+
+def parse_crystals(text: str) -> Vectors | tuple[Vectors, ...]:
+    """One pair of vectors, or several one after the other."""
+    count = text.count(",") + 1
+    if count not in (8, 12):
+        return parse_vectors(text)
+    numbers = parse_numbers(text, count, "basis")
+    return tuple((numbers[i : i + 2], numbers[i + 2 : i + 4]) for i in range(0, count, 4))  # type: ignore[misc]
 
 
 def _explain(err: ValidationError) -> str:

@@ -20,7 +20,13 @@ from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
 from .nn.weights import shared_dilation_std
-from .pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
+from .pipeline_strain import (
+    bragg_vector_map,
+    compare_with_truth,
+    compute_strain,
+    fit_lattice,
+    fit_lattices,
+)
 
 _ = accessor  # importing it puts .fcunet on datasets and trees
 
@@ -30,6 +36,7 @@ __all__ = [
     "compute_strain",
     "find_peaks",
     "fit_lattice",
+    "fit_lattices",
     "virtual_image",
 ]
 
@@ -137,6 +144,8 @@ def find_peaks(
     }
     if chosen.method == "fcunet":
         peaks.attrs["shared_dilation_std"] = shared_dilation_std(chosen.weights)
+    if np.isfinite(scatter := float(getattr(calibration, "origin_std_px", np.nan))):
+        peaks.attrs["origin_std_px"] = scatter
     if datacube.sizes["qy"] > 1 and "qy" in datacube.coords:
         first, second = datacube["qy"].values[:2]
         peaks.attrs["qy"] = {

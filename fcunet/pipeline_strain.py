@@ -18,7 +18,8 @@ from .crystal import Crystal
 from .kernels import lattice as kernel
 from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.lattice_fit import with_shared_dilation
-from .kernels.lattice_several import find_lattices, fit_lattices
+from .kernels.lattice_several import find_lattices
+from .kernels.lattice_several import fit_lattices as kernel_lattices
 from .kernels.strain import (
     COMPONENTS,
     Convention,
@@ -37,6 +38,7 @@ from .pipeline_reference import (
     lattice_numbers,
     onto_crystal,
 )
+from .systematic import calibration_residuals
 
 Array = NDArray[np.float64]
 
@@ -92,19 +94,61 @@ def fit_lattice(
     ValueError
         If `peak` is split into chunks, if no common lattice is found, or for unusable options.
     """
+    return fit_lattices(
+        peaks,
+        max_lattices=1,
+        basis=basis,
+        origin=origin,
+        weighting=weighting,
+        robust=robust,
+        fit_origin=fit_origin,
+        max_peak_spacing=max_peak_spacing,
+        min_num_peaks=min_num_peaks,
+        max_strain=max_strain,
+        max_rotation_degree=max_rotation_degree,
+        max_orientations=max_orientations,
+    )[0]
+
+
+def fit_lattices(
+    peaks: xr.Dataset,
+    *,
+    max_lattices: int = 2,
+    basis: ArrayLike | None = None,
+    origin: ArrayLike | None = None,
+    min_num_peaks: int = 5,
+    max_orientations: int = 12,
+    weighting: kernel.Weighting = "sigma",
+    **options: Any,
+) -> list[xr.Dataset]:
+    """The one to three lattices of every scan position: overlapping grains, a film and its substrate.
+
+    Parameters
+    ----------
+    peaks, basis, origin, min_num_peaks, max_orientations, weighting
+        As for :func:`fit_lattice`. With several lattices in `basis` and room for all, each has its own place:
+        the i-th dataset is the i-th crystal, wherever it was found.
+    max_lattices : int
+        At most so many per position, 1 to 3.
+    **options
+        The other options of :func:`fit_lattice`.
+
+    Returns
+    -------
+    list of Dataset
+        Each as from :func:`fit_lattice`: the best lattice of each position, the second best (found in the
+        peaks that the first leaves), the third; or, with known crystals, one for each. `score` and
+        `lattice_id` say how good it is, and which.
+
+    Raises
+    ------
+    ValueError
+        As :func:`fit_lattice`.
+    """
     schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
     _check_whole(peaks)
     if cepstral.in_real_space(peaks):
-        side, middle = cepstral.cepstral_frame(peaks.attrs["detector_shape"])
-        fitted = fit_lattice(
-            cepstral.as_fitted(peaks),
-            basis=None if basis is None else cepstral.other_lattice(np.reshape(basis, (-1, 2, 2))[0], side),
-            origin=middle,
-            weighting=weighting,
-            robust=robust,
-            min_num_peaks=min_num_peaks,
-        )
-        return cepstral.to_reciprocal(fitted, peaks)
+        return [_fit_cepstral(peaks, basis, min_num_peaks, weighting, options)]
     bases = _common_lattices(peaks, basis, origin, max_orientations, int(min_num_peaks))
     found = bases[0]
     arrays = [peaks["peak_qy"], peaks["peak_qx"]]
@@ -115,55 +159,74 @@ def fit_lattice(
         arrays += [peaks["origin_qy"].astype(float), peaks["origin_qx"].astype(float)]
         core = [*core, [], []]
         optional = [*optional, "origin"]
-    options: dict[str, Any] = {
-        "weighting": weighting,
-        "robust": bool(robust),
-        "max_peak_spacing": max_peak_spacing,
-        "min_num_peaks": int(min_num_peaks),
-        "fit_origin": bool(fit_origin),
-        "max_strain": float(max_strain),
-        "max_rotation_degree": float(max_rotation_degree),
-    }
+    options |= {"weighting": weighting, "min_num_peaks": int(min_num_peaks)}
     # the options are checked now, not when the first block is computed
     nothing = np.full((1, 1), np.nan)
     has: dict[str, Any] = {name: nothing for name in ("sigma", "intensity") if f"peak_{name}" in optional}
     kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
     shared = float(peaks.attrs.get("shared_dilation_std") or 0.0) if weighting == "sigma" else 0.0
+    known = basis is not None and 1 < len(bases) <= max_lattices
+    places = {"max_lattices": int(max_lattices), "in_order": known}
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
-        kwargs={"optional": optional, "bases": bases, "options": options, "shared_dilation": shared},
+        kwargs={"optional": optional, "bases": bases, "options": options | places, "shared_dilation": shared},
         input_core_dims=core,
-        output_core_dims=[[]] * 6 + [["parameter", "parameter2"], [], [], [], []],
+        output_core_dims=([[]] * 6 + [["parameter", "parameter2"], [], [], [], []]) * max_lattices,
         dask="parallelized",
-        output_dtypes=[np.float64] * 6 + [np.float32, np.float32, np.int16, np.float32, np.uint8],
+        output_dtypes=([np.float64] * 6 + [np.float32, np.float32, np.int16, np.float32, np.uint8])
+        * max_lattices,
         dask_gufunc_kwargs={"output_sizes": {"parameter": 6, "parameter2": 6}},
     )
-    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed", "score", "lattice_id")
-    lattice = xr.Dataset(
-        {
-            name: array.assign_attrs(schema.LATTICE[name].attrs)
-            for name, array in zip(names, results, strict=True)
-        }
-    )
-    lattice = _with_coordinates_of(peaks, lattice)
-    lattice["covariance"].attrs["parameters"] = " ".join(schema.LATTICE_PARAMETERS)
-    lattice.attrs = {
+    spacing = options.get("max_peak_spacing")
+    attrs = {
         "basis_px": found.g.tolist(),
-        "bases_px": [basis.g.tolist() for basis in bases],
+        "bases_px": [one.g.tolist() for one in bases],
         "basis_source": "found from the peaks" if basis is None else "given",
         "origin_px": found.origin.tolist(),
         "weighting": weighting if weighting != "sigma" or "peak_sigma" in peaks else "uniform",
-        "robust": int(robust),
+        "robust": int(options.get("robust", True)),
+        "fit_origin": int(options.get("fit_origin", True)),
         "max_peak_spacing_px": float(
-            max_peak_spacing or kernel.DEFAULT_SPACING * np.hypot(*kernel.reduce_basis(found.g)[0].T).min()
+            spacing or kernel.DEFAULT_SPACING * np.hypot(*kernel.reduce_basis(found.g)[0].T).min()
         ),
         "min_num_peaks": int(min_num_peaks),
     }
     if shared:
-        lattice.attrs["shared_dilation_std"] = shared
-    lattice.attrs |= _geometry(peaks)
-    return lattice
+        attrs["shared_dilation_std"] = shared
+    attrs |= _geometry(peaks)
+    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed", "score", "lattice_id")
+    lattices = []
+    for place in range(max_lattices):
+        own = results[place * len(names) : (place + 1) * len(names)]
+        lattice = xr.Dataset(
+            {
+                name: array.assign_attrs(schema.LATTICE[name].attrs)
+                for name, array in zip(names, own, strict=True)
+            }
+        )
+        lattice = _with_coordinates_of(peaks, lattice)
+        lattice["covariance"].attrs["parameters"] = " ".join(schema.LATTICE_PARAMETERS)
+        which = bases[place].g.tolist() if known and place < len(bases) else attrs["basis_px"]
+        lattice.attrs = attrs | {"basis_px": which}
+        lattices.append(lattice)
+    return lattices
+
+
+def _fit_cepstral(
+    peaks: xr.Dataset, basis: ArrayLike | None, min_num_peaks: int, weighting: kernel.Weighting, options: dict
+) -> xr.Dataset:
+    """The lattice of vectors of real space, as one in detector px."""
+    side, middle = cepstral.cepstral_frame(peaks.attrs["detector_shape"])
+    fitted = fit_lattice(
+        cepstral.as_fitted(peaks),
+        basis=None if basis is None else cepstral.other_lattice(np.reshape(basis, (-1, 2, 2))[0], side),
+        origin=middle,
+        weighting=weighting,
+        robust=options.get("robust", True),
+        min_num_peaks=min_num_peaks,
+    )
+    return cepstral.to_reciprocal(fitted, peaks)
 
 
 def compute_strain(
@@ -179,6 +242,7 @@ def compute_strain(
     convention: Convention = "fcunet",
     rotation_degree: float | None = None,
     transpose: bool | None = None,
+    among: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Strain of every scan position against a reference lattice, with error bars.
 
@@ -219,6 +283,9 @@ def compute_strain(
     transpose : bool, optional
         Detector rows and columns are exchanged relative to the scan (undone before the rotation). None:
         ``scan_transposed`` of the data, else no.
+    among : Dataset, optional
+        Where the reference of each `lattice_id` is taken from, if it occurs there: the first of
+        :func:`fit_lattices` when `lattice` is the second. Default: `lattice` itself.
 
     Returns
     -------
@@ -237,6 +304,9 @@ def compute_strain(
     by_grain = isinstance(reference, str) and reference == "grain"
     member = grain if by_grain else lattice_numbers(lattice)
     references = find_references(lattice, reference, member)
+    if among is not None and not by_grain:
+        elsewhere = find_references(among, reference, lattice_numbers(among))
+        references |= {number: elsewhere[number] for number in references if number in elsewhere}
     ellipse = Ellipse(
         float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
     )
@@ -468,7 +538,7 @@ def _fit_block(
     origin = np.stack(rest[-2:], -1) if "origin" in optional else basis.origin
     if "origin" in optional:
         origin = np.where(np.isfinite(origin), origin, basis.origin)
-    several = fit_lattices(
+    several = kernel_lattices(
         qy,
         qx,
         g=[one.g for one in bases],
@@ -477,20 +547,22 @@ def _fit_block(
         intensity=given.get("peak_intensity"),
         **options,
     )
-    fit = several.fits[0]
-    covariance = fit.covariance
-    if shared_dilation:
-        covariance = with_shared_dilation(covariance, fit.g, shared_dilation)
-    return (
-        fit.origin[..., 0],
-        fit.origin[..., 1],
-        *(fit.g[..., i, j] for i in (0, 1) for j in (0, 1)),
-        covariance.astype(np.float32),
-        fit.fit_error.astype(np.float32),
-        fit.n_indexed.astype(np.int16),
-        fit.score.astype(np.float32),
-        several.lattice_id[0].astype(np.uint8),
-    )
+    out: list[Array] = []
+    for fit, number in zip(several.fits, several.lattice_id, strict=True):
+        covariance = fit.covariance
+        if shared_dilation:
+            covariance = with_shared_dilation(covariance, fit.g, shared_dilation)
+        out += [
+            fit.origin[..., 0],
+            fit.origin[..., 1],
+            *(fit.g[..., i, j] for i in (0, 1) for j in (0, 1)),
+            covariance.astype(np.float32),
+            fit.fit_error.astype(np.float32),
+            fit.n_indexed.astype(np.int16),
+            fit.score.astype(np.float32),
+            number.astype(np.uint8),
+        ]
+    return tuple(out)
 
 
 def _strain_block(*arrays: Array, references: dict, rotations: dict, options: dict, ellipse: Ellipse):
@@ -592,6 +664,7 @@ def _geometry(peaks: xr.Dataset) -> dict[str, float]:
     attrs = (dict(source) if isinstance(source, dict) else {}) | peaks.attrs
     found = {name: attrs[name] for name in schema.GEOMETRY_ATTRS if attrs.get(name) is not None}
     geometry = {name: float(value) for name, value in found.items() if np.isfinite(float(value))}
+    geometry |= calibration_residuals(attrs)
     axis = attrs.get("qy")
     if isinstance(axis, dict) and axis.get("units") == schema.UNIT_Q:
         geometry["q_pixel"] = abs(float(axis["step"]))

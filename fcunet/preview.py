@@ -180,7 +180,7 @@ def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Confi
             peaks[name] = (schema.SCAN_DIMS, origin[..., i])
     lattice, why = None, ""
     try:
-        lattice = fit_lattice(peaks, **config.lattice.model_dump())
+        lattice = fit_lattice(peaks, **config.lattice.model_dump(exclude={"max_lattices"}))
     except ValueError as err:
         why = str(err)
     if lattice is not None and not np.isfinite(lattice["g1_qy"]).any():

@@ -18,9 +18,10 @@ from .config import Config, StrainConfig
 from .datacube import coordinate
 from .kernels.lattice import NoLatticeError
 from .nn.range import MEANINGS, TrainingRange, outside_training
-from .pipeline import bragg_vector_map, compute_strain, fit_lattice
+from .pipeline import bragg_vector_map, compute_strain, fit_lattice, fit_lattices
 from .provenance import provenance
 from .store import open_peaks, open_results, write_results
+from .systematic import systematic_errors
 from .tiles import finish_patterns, load_calibration
 from .zarrfolder import root_attrs
 
@@ -51,13 +52,15 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
     with dask.config.set(
         scheduler="threads"
     ):  # the cluster is for patterns: peaks are few, and it may be gone
-        lattice, strain = _fit(peaks, config)
+        (lattice, strain), *more = _fit(peaks, config)
         flag = _flag(peaks, lattice, attrs, calibration)
         lattice, strain, other = _second_opinion(out, config, lattice, strain, flag, say)
         vector_map = bragg_vector_map(peaks).compute()
         virtual = peaks[[n for n in (*schema.VIRTUAL, "n_peaks", "truncated") if n in peaks]].compute()
     if flag is not None:
         strain["outside_training"] = flag
+    absolute = config.strain.crystal is not None
+    strain.attrs |= systematic_errors(lattice, strain["theta"].values, absolute=absolute)
     lattice, strain = lattice.assign(F=strain["F"]), strain.drop_vars("F")
     patterns["bragg_vector_map"] = np.asarray(vector_map.values, np.float32)
     diffraction = xr.Dataset(
@@ -77,6 +80,11 @@ def analyse(out: Path, config: Config, say: Callable[[str], None], device: str |
         "/virtual": virtual.drop_attrs(deep=False),
         "/diffraction": diffraction,
     }
+    for number, (own, its_strain) in enumerate(more, 2):
+        groups |= {f"/lattice_{number}": own.assign(F=its_strain["F"])}
+        groups |= {f"/strain_{number}": its_strain.drop_vars("F")}
+        share = 100 * float(its_strain["valid"].mean())
+        say(f"  lattice   number {number} at {share:.1f} % of the positions")
     if other is not None:
         groups["/second"] = other
     truth_group = out / PEAKS / "truth"
@@ -112,22 +120,36 @@ def _open(out: Path) -> tuple[xr.Dataset, Calibration | None]:
     if "peaks_from" in root_attrs(out / PEAKS):
         return peaks, None
     calibration = load_calibration(out / PEAKS)
+    if np.isfinite(calibration.origin_std_px):
+        peaks.attrs["origin_std_px"] = float(calibration.origin_std_px)
     if calibration.origin_stored is not None or calibration.descan_px > 1 or in_real_space(peaks):
         for i, name in enumerate(("origin_qy", "origin_qx")):
             peaks[name] = (schema.SCAN_DIMS, calibration.origin[..., i])
     return peaks, calibration
 
 
-def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> tuple[xr.Dataset, xr.Dataset]:
-    """Lattice and strain as the settings say, in memory; all NaN where no lattice is found at all."""
-    settings = config.strain
+def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> list[tuple[xr.Dataset, xr.Dataset]]:
+    """Lattice and strain as the settings say, in memory, of up to three lattices per position.
+
+    All NaN where no lattice is found at all; of the second and third, only those that occur.
+    """
+    settings = config.strain.model_dump()
     given = config.lattice.model_dump() | ({"basis": basis} if basis is not None else {})
     try:
-        lattice = fit_lattice(peaks, **given).compute()
+        lattices = [lattice.compute() for lattice in fit_lattices(peaks, **given)]
     except NoLatticeError as err:
         logger.warning("no strain: %s", err)
-        lattice, settings = _no_lattice(peaks), _UNIT_REFERENCE
-    return lattice, compute_strain(lattice, **settings.model_dump()).compute()
+        lattices, settings = [_no_lattice(peaks)], _UNIT_REFERENCE.model_dump()
+    first = lattices[0]
+    out = [(first, compute_strain(first, **settings).compute())]
+    for other in lattices[1:]:
+        if (other["n_indexed"] > 0).any():
+            try:
+                strain = compute_strain(other, among=first, **settings)
+            except ValueError:  # another crystal: what is said of the first does not hold for it
+                strain = compute_strain(other, among=first, measure=settings["measure"])
+            out.append((other, strain.compute()))
+    return out
 
 
 def _flag(
@@ -176,7 +198,7 @@ def _second_opinion(
         logger.warning("no second opinion by %s: %s holds that by %s; use --restart", method, folder, found)
         return lattice, strain, None
     bases = lattice.attrs["bases_px"] if strain["valid"].any() and not in_real_space(peaks) else None
-    others = _fit(peaks, config, bases)
+    others, *_ = _fit(peaks, config, bases)
     compared = second.compare_opinions(strain, others[1])
     compared.attrs["method"] = method
     numbers = compared.attrs

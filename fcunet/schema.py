@@ -186,6 +186,8 @@ RESULT_GROUPS: dict[str, dict[str, Variable]] = {
     "strain": STRAIN | TRUST,
     "second": SECOND,
     "lattice": LATTICE,
+    # of positions with more than one: the second best, or the second of the known crystals
+    **{f"{group}_{n}": table for n in (2, 3) for group, table in (("strain", STRAIN), ("lattice", LATTICE))},
     "virtual": VIRTUAL,
     "diffraction": DIFFRACTION,
 }

@@ -74,3 +74,22 @@ def test_science_hash__changes_with_a_given_radius():
 
 def test_centre__is_row_then_column():
     assert Config.load(centre="130.2,138.3").calibration.centre == (130.2, 138.3)
+
+
+def test_several_known_crystals__are_eight_or_twelve_numbers():
+    one, two = ((1.0, 30.0), (25.0, -3.0)), ((0.0, 26.0), (26.0, 0.0))
+    assert Config.load(basis="1,30,25,-3").lattice.basis == one
+    assert Config.load(basis="1,30,25,-3,0,26,26,0", max_lattices=2).lattice.basis == (one, two)
+    again = Config.load(basis=[one, two])
+    assert again.lattice.basis == (one, two)
+    with pytest.raises(ValueError, match="a pair of vectors"):
+        Config.load(basis="1,2,3")
+
+
+def test_indices_and_axes__are_whole_numbers():
+    strain = Config.load(crystal="F 5.4309", zone="1,1,0", miller="1,-1,1,-1,1,1", axis="0,0,1").strain
+    assert (strain.zone, strain.miller, strain.axis) == ((1, 1, 0), ((1, -1, 1), (-1, 1, 1)), (0, 0, 1))
+    assert Config.load(axis="g2").strain.axis == "g2"
+    assert Config.load(axis="1,1").strain.axis == (1, 1)
+    with pytest.raises(ValueError, match="3 whole numbers"):
+        Config.load(zone="1,1")

@@ -8,7 +8,13 @@ import xarray as xr
 
 from fcunet import schema
 from fcunet.kernels.ellipse import Ellipse
-from fcunet.pipeline_strain import bragg_vector_map, compare_with_truth, compute_strain, fit_lattice
+from fcunet.pipeline_strain import (
+    bragg_vector_map,
+    compare_with_truth,
+    compute_strain,
+    fit_lattice,
+    fit_lattices,
+)
 
 G = np.array([[1.5, 31.0], [27.0, 4.0]])  # (y, x), px
 SITES = np.array(list(itertools.product(range(-4, 5), repeat=2)))
@@ -337,3 +343,56 @@ def test_compute_strain__median_reference_of_a_turning_crystal_is_an_unstrained_
         strain = compute_strain(lattice, reference=reference, measure="biot")
         for name in ("e_xx", "e_yy", "e_xy"):
             np.testing.assert_allclose(strain[name], 0, atol=1e-9)
+
+
+FILM = np.array([[0.0, 26.0], [26.0, 0.0]])  # on a substrate with G
+
+
+def film_on_substrate():
+    """The substrate everywhere, unstrained; a film on the right half, strained by 1 % in its last columns."""
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    film_F = F.copy()
+    film_F[:, 8:, 1, 1] += 0.01
+    below, above = make_peaks(noise=0.05, F=F), make_peaks(noise=0.05, seed=1, F=film_F, g=FILM)
+    above = above.where(above["scan_x"] >= 10)
+    beam = np.hypot(above["peak_qy"] - below["peak_qy"][..., 0], above["peak_qx"] - below["peak_qx"][..., 0])
+    above = above.where(beam > 5)  # the direct beam is there once
+    names = ["peak_qy", "peak_qx", "peak_intensity", "peak_sigma"]
+    both = xr.concat([below[names], above[names]], "peak").assign_attrs(below.attrs)
+    return both.assign_coords(below.coords)
+
+
+def test_fit_lattices__film_and_substrate_each_have_their_place():
+    substrate, film = fit_lattices(film_on_substrate(), basis=[G, FILM], max_lattices=2)
+    assert (substrate["lattice_id"] == 1).all()
+    np.testing.assert_array_equal(film["lattice_id"], np.tile(np.arange(10) >= 5, (8, 1)) * 2)
+    assert (film["score"].where(film["lattice_id"] > 0) > 18).sum() == 40
+    assert film.attrs["basis_px"] == FILM.tolist()
+    strain = compute_strain(film, reference=(0, 8, 5, 8))
+    # 0.05 px on about 60 peaks, 60 px away in the mean: 1e-4 per position
+    np.testing.assert_allclose(strain["e_xx"][:, 8:], 0.01, atol=6e-4)
+    assert np.isnan(strain["e_xx"][:, :5]).all()
+    np.testing.assert_allclose(compute_strain(substrate)["e_xx"], 0, atol=6e-4)
+
+
+def test_fit_lattices__without_knowing_them_the_best_comes_first():
+    first, second = fit_lattices(film_on_substrate(), max_lattices=2)
+    one = first.attrs["bases_px"]
+    assert len(one) == 2
+    both = np.stack([first["lattice_id"], second["lattice_id"]])
+    np.testing.assert_array_equal(both[:, :, :5].max(0), both[0, 0, 0])  # the substrate alone
+    np.testing.assert_array_equal(np.sort(both[:, :, 5:], axis=0)[:, 0, 0], [1, 2])
+    assert (second["score"] <= first["score"])[:, 5:].all()
+    strain = compute_strain(second, among=first)
+    assert int(strain["valid"].sum()) == 40
+    single = fit_lattice(film_on_substrate())
+    xr.testing.assert_equal(single["g1_qy"], first["g1_qy"])
+
+
+def test_fit_lattices__are_the_same_lazily():
+    peaks = film_on_substrate()
+    whole = fit_lattices(peaks, basis=[G, FILM], max_lattices=2)
+    parts = fit_lattices(peaks.chunk(scan_y=3, peak=-1), basis=[G, FILM], max_lattices=2)
+    for one, other in zip(whole, parts, strict=True):
+        assert other["g1_qy"].chunks is not None
+        np.testing.assert_allclose(other["g1_qx"], one["g1_qx"], atol=1e-12)

@@ -37,6 +37,17 @@ def second_opinion(run: Run) -> Iterable[str]:
     )
 
 
+def systematic(run: Run) -> Iterable[str]:
+    """The part of the error that all positions share, as far as calibration tells."""
+    names = {"ellipse": "distortion", "descan": "beam centre", "pixel": "pixel size"}
+    found = {words: run.strain.attrs.get(f"systematic_{name}") for name, words in names.items()}
+    parts = [f"{words} {1e3 * value:.2g} x 1e-3" for words, value in found.items() if value is not None]
+    if parts:
+        yield paragraph(
+            "Systematic part of the strain, not in the error bars: " + ", ".join(parts) + ".", "small"
+        )
+
+
 def doubts_of_method(run: Run) -> Iterable[str]:
     """Patterns unlike those of training, and positions taken from the second method."""
     if "outside_training" in run.strain:

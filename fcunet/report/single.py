@@ -13,7 +13,7 @@ from .. import plot, schema
 from ..cepstral import in_real_space
 from ..schema import STRAIN_COMPONENTS
 from ..store import open_datacube, open_peaks
-from .opinion import doubts_of_method, second_opinion
+from .opinion import doubts_of_method, second_opinion, systematic
 from .page import boxes, grid, paragraph, picture, section, table, text, write_page
 from .source import Run, headline, load_run, number
 
@@ -150,6 +150,7 @@ def _trust(run: Run) -> Iterable[str]:
             lambda **how: plot.error_bars(run.tree, **how),
             keep=run.folder / "error_bars.png",
         )
+    yield from systematic(run)
     yield from second_opinion(run)
     yield picture(
         "How the numbers are spread over the scan",
