@@ -35,6 +35,8 @@ def test_run_lock__refuses_a_second_holder_with_the_name_of_the_first(tmp_path):
     holder = rf"process {os.getpid()} on {socket.gethostname()} \({getpass.getuser()}.*\) since .*--out"
     with RunLock(tmp_path), pytest.raises(RunLockedError, match=holder), RunLock(tmp_path):
         pass
+    with RunLock(tmp_path):
+        pass
 
 
 def test_run_lock__respects_a_living_process(tmp_path):
