@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,21 +112,27 @@ def walltime_runs(request, tmp_path_factory):
     slurm, store = request.getfixturevalue("slurm"), request.getfixturevalue("store")
     assert slurm
     folder = tmp_path_factory.mktemp("walltime")
-    running = {}
-    for way in ways:
+    started: list[subprocess.Popen] = []
+    environment = os.environ | {"FCUNET_TEST_TILE_S": "3"}
+
+    def run(way):
         jobs = {"job-name": WALLTIME_JOB, "worker-extra-args": WAYS[way]}
         site = write_profile(folder / f"{way}.yaml", queue="short", walltime="00:01:00", **jobs)
-        command = run_command(store, folder / way, site, "--workers", "2")
-        process = start(
-            SLOW + command[1:],
-            env=os.environ | {"FCUNET_TEST_TILE_S": "3"},
-        )
-        running[way] = (process, folder / way)
-    yield running
-    for process, _ in running.values():
-        if process.poll() is None:
-            process.terminate()
-            process.communicate()
+        command = SLOW + run_command(store, folder / way, site, "--workers", "2")[1:]
+        process = start(command, env=environment)
+        started.append(process)
+        said = process.communicate()
+        return process.returncode, said
+
+    pool = ThreadPoolExecutor(2)  # two at a time, for the others want to get on
+    try:
+        yield {way: (pool.submit(run, way), folder / way) for way in ways}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        pool.shutdown()
 
 
 def pytest_collection_modifyitems(items):

@@ -37,7 +37,7 @@ JOBS = {
 # shorter than what is shipped, where waiting is all that a longer one would add to the tests
 DASK = {
     "deploy": {"lost-worker-timeout": "3s"},
-    "scheduler": {"worker-ttl": "20s"},
+    "scheduler": {"worker-ttl": f"{20 * PATIENCE:.0f}s"},
 }
 
 

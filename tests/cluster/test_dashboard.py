@@ -31,7 +31,7 @@ def running(site, store, tmp_path_factory):
     patch.setattr(tiles, "submitted", slow_tile.waiting_tile)
     flag = out.parent / "go"
     patch.setenv("FCUNET_TEST_GO", str(flag))
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     site.run(slow_tile.set_go, str(flag))
     thread = threading.Thread(
         target=runner.run,
@@ -42,7 +42,7 @@ def running(site, store, tmp_path_factory):
     until(lambda: blocks_done(out) >= 12, "twelve blocks")
     yield site
     flag.touch()
-    thread.join(timeout=200)
+    thread.join(timeout=200 * PATIENCE)
     patch.undo()
     assert not thread.is_alive()
 
@@ -179,7 +179,7 @@ def jupyter(tmp_path):
     until(answers, "the server", process=server)
     yield address
     server.terminate()
-    server.wait(timeout=30)
+    server.wait(timeout=30 * PATIENCE)
 
 
 def test_dashboard__works_through_the_proxy_of_jupyter(running, jupyter, tmp_path):

@@ -107,7 +107,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_run__ends_with_the_same_bytes_when(fault, slurm, site, store, serial, tmp_path, monkeypatch):
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     victim = pick(site, slurm)
     out = tmp_path / "run"
     run_and_break(site, store, out, FAULTS[fault], victim, monkeypatch)
@@ -118,7 +118,7 @@ def test_run__ends_with_the_same_bytes_when(fault, slurm, site, store, serial, t
 
 
 def test_run__ends_with_the_same_bytes_when_a_node_is_lost(slurm, site, store, serial, tmp_path, monkeypatch):
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     victim, out = pick(site, slurm), tmp_path / "run"
     run_and_break(site, store, out, lambda v: kill_node(v.lab, v.node), victim, monkeypatch)
     assert_same_bytes(out, serial)
@@ -128,7 +128,7 @@ def test_run__ends_with_the_same_bytes_when_a_node_is_lost(slurm, site, store, s
 
 
 def test_run__goes_on_while_the_controller_is_away(slurm, site, store, serial, tmp_path, monkeypatch):
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     out = tmp_path / "run"
 
     def outage(victim):
@@ -143,7 +143,7 @@ def test_run__goes_on_while_the_controller_is_away(slurm, site, store, serial, t
 
 
 def test_run__submits_a_refused_job_again(slurm, site, store, serial, tmp_path, monkeypatch):
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     out = tmp_path / "run"
 
     def close_partition(victim):
@@ -167,7 +167,7 @@ def test_run__submits_a_refused_job_again(slurm, site, store, serial, tmp_path, 
 def test_run__gives_up_only_the_block_that_takes_all_memory(
     slurm, site, store, serial, tmp_path, monkeypatch
 ):
-    site.wait_for_workers(3, timeout=120)
+    site.wait_for_workers(3, timeout=120 * PATIENCE)
     monkeypatch.setattr(tiles, "submitted", slow_tile.hungry_tile)
     monkeypatch.setattr(site.cluster.scheduler, "allowed_failures", 1)
     finish_without_one_block(site, store, serial, tmp_path / "run", monkeypatch)
@@ -177,7 +177,7 @@ def test_run__gives_up_only_that_block_where_slurm_watches_the_memory(
     slurm, store, serial, profile, tmp_path, monkeypatch
 ):
     # Dask does not: each time the whole job is killed
-    dask = DASK | {"scheduler": {"worker-ttl": "20s", "allowed-failures": 1}}
+    dask = DASK | {"scheduler": DASK["scheduler"] | {"allowed-failures": 1}}
     path = profile(dask=dask, **{"worker-extra-args": ["--memory-limit", "0"]})
     monkeypatch.setattr(tiles, "submitted", slow_tile.hungry_tile)
     with connect(str(path), 2, dashboard_address="127.0.0.1:0", log_directory=tmp_path / "jobs") as client:

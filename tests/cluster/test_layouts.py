@@ -46,7 +46,7 @@ def test_whole_node__has_a_worker_per_gpu_each_on_its_own(slurm, store, serial, 
         fcunet={"gpus": 2}, cores=2, processes=2, memory="3GiB", **{"job-extra-directives": ["--gres=gpu:2"]}
     )
     with connect(str(site), 4, dashboard_address="127.0.0.1:0", log_directory=tmp_path / "jobs") as client:
-        client.wait_for_workers(4, timeout=120)
+        client.wait_for_workers(4, timeout=120 * PATIENCE)
         seen = client.run(slow_tile.devices)
         of_jobs = {job for job, _ in seen.values()}
         assert len(set(seen.values())) == 4
@@ -184,7 +184,7 @@ def test_scheduler_that_runs__gets_no_block_onto_workers_without_a_gpu(
     monkeypatch.setattr(tiles, "submitted", slow_tile.tracing_tile)
     address, _ = scheduler("mixed", mixed=True)
     with Client(address) as client:
-        client.wait_for_workers(2, timeout=120)
+        client.wait_for_workers(2, timeout=120 * PATIENCE)
         runner.run(config(store, tmp_path / "run", device="auto"), client=client, progress=False)
         assert len(client.nthreads()) == 2
     # every block, and device 0 of the one job with a GPU

@@ -239,4 +239,4 @@ def test_run__shows_that_jobs_wait(store, profile, tmp_path):
         process = subprocess.Popen(command, stdout=file, stderr=file)
         until(lambda: "1 job waits in the queue (Resources)" in said.read_text(), "the news", process=process)
         subprocess.run(["scancel", other], check=True)
-        assert process.wait(timeout=200) == 0, said.read_text()
+        assert process.wait(timeout=200 * PATIENCE) == 0, said.read_text()

@@ -5,15 +5,16 @@ with or without lifetime). The runs go on beside the other tests.
 """
 
 import pytest
-from lab import PATIENCE, assert_same_bytes, finish
+from lab import PATIENCE, assert_same_bytes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900 * PATIENCE)]
 
 
 @pytest.mark.parametrize("way", ["plain", "resources", "lifetime", "staggered"])
 def test_run__outlives_the_walltime_of_its_jobs(way, walltime_runs, serial):
-    process, out = walltime_runs[way]
-    finish(process)
+    future, out = walltime_runs[way]
+    status, said = future.result()
+    assert status == 0, said
     assert_same_bytes(out, serial)
     logs = [path.read_text() for path in (out / "jobs").glob("*.err")]
     # of two at a time, each; a job that ends itself is replaced as well
