@@ -1,10 +1,10 @@
 """How long a result of 1024 x 1024 positions takes to open, and a click to answer; all data are generated.
 
-    python -m benchmarks.explore FOLDER [--side 1024]
+    python -m benchmarks.explore FOLDER [--side 1024] [--out benchmarks/results/explore.json]
 
 Writes results, peaks and a datacube (one shard, linked to all places) into FOLDER, opens the explorer on it
 as ``fcunet.explore`` does, and moves about at random. Needs the extra ``notebooks``, and no browser: to send
-an answer to one is not in the times.
+an answer to one is not in the times. On a machine with other work the seconds of computing count.
 """
 
 import argparse
@@ -154,8 +154,8 @@ def main() -> None:
     for name, times in result.items():
         print(f"{name:10} best {times['best_s']:.3f} s, median {times['median_s']:.3f} s, "
               f"of computing {times['median_cpu_s']:.3f} s")  # fmt: skip
-    facts = {"side": options.side, "machine": platform.machine(), "cores": os.cpu_count(),
-             "date": time.strftime("%Y-%m-%d"), "seconds": result}  # fmt: skip
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    facts = {"side": options.side, "machine": machine, "date": time.strftime("%Y-%m-%d"), "seconds": result}
     if options.out:
         options.out.write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -301,7 +301,9 @@ class HistogramFigure:
         self.fig.quad("left", "right", "top", 0, source=self.source, fill_color="#888888", line_color=None)
         self.marks = ColumnDataSource(data={"x": [], "colour": []}, name="histogram-marks")
         self.fig.vspan(x="x", source=self.marks, line_color="colour", line_width=2)
-        self.fig.yaxis.visible = False
+        self.fig.yaxis.axis_label = "positions"
+        self.fig.yaxis.major_label_text_font_size = "0px"  # how many is in the shape
+        self.fig.yaxis.major_tick_line_color = self.fig.yaxis.minor_tick_line_color = None
         self.fig.y_range.start = 0
 
     def show(self, values: Array, label: str) -> None:
