@@ -33,8 +33,7 @@ from fcunet.config import Config
 from fcunet.datacube import DatacubeWriter, read_block
 from fcunet.layout import BlockGrid, Layout
 from fcunet.predict import predict
-from fcunet.store import open_peaks, read_status
-from fcunet.tiles import load_calibration
+from fcunet.store import load_calibration, open_peaks, read_status
 
 FRAME, RADIUS, SPACING, BLOCK, DISTINCT = 64, 3.0, 12.0, 32, 8
 HERE = Path(__file__).resolve().parent

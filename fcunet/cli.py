@@ -332,7 +332,7 @@ def preview(
     config: SettingsOption = None,
 ) -> None:
     """Look at a few patterns, with all that was measured, before the big run."""
-    from .report import preview as preview_store
+    from .preview import preview as preview_store
 
     positions = [_pair_from_zero(text) for text in at] if at else None
     loaded = Config.load(config, store=store, **settings)

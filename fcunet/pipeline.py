@@ -7,7 +7,7 @@ peaks and lattices in `fcunet.kernels`.
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
@@ -15,11 +15,9 @@ import xarray as xr
 from numpy.typing import ArrayLike
 
 from . import accessor, schema
-from .blocks import BlockCalibration, process_block, weighted_sums
 from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
-from .nn.weights import shared_dilation_std
 from .pipeline_strain import (
     bragg_vector_map,
     compare_with_truth,
@@ -27,6 +25,9 @@ from .pipeline_strain import (
     fit_lattice,
     fit_lattices,
 )
+
+if TYPE_CHECKING:
+    from .blocks import BlockCalibration
 
 _ = accessor  # importing it puts .fcunet on datasets and trees
 
@@ -53,7 +54,7 @@ def find_peaks(
     datacube: xr.Dataset,
     config: DetectionConfig | str | None = None,
     *,
-    calibration: BlockCalibration | None = None,
+    calibration: "BlockCalibration | None" = None,
     **settings: Any,
 ) -> xr.Dataset:
     """Bragg peaks and virtual images of every position.
@@ -143,6 +144,8 @@ def find_peaks(
         "centre": list(map(float, calibration.centre)),
     }
     if chosen.method == "fcunet":
+        from .nn.weights import shared_dilation_std
+
         peaks.attrs["shared_dilation_std"] = shared_dilation_std(chosen.weights)
     if np.isfinite(scatter := float(getattr(calibration, "origin_std_px", np.nan))):
         peaks.attrs["origin_std_px"] = scatter
@@ -167,7 +170,7 @@ def virtual_image(
     inner: float | None = None,
     outer: float | None = None,
     centre: tuple[float, float] | None = None,
-    calibration: BlockCalibration | None = None,
+    calibration: "BlockCalibration | None" = None,
     shift: ArrayLike | None = None,
 ) -> xr.DataArray:
     """Sum of every pattern over a part of the detector.
@@ -199,6 +202,8 @@ def virtual_image(
     ValueError
         For an unknown name, a mask or shifts of another shape, or radii out of order.
     """
+    from .blocks import weighted_sums  # torch comes with it, which those who look at results do not need
+
     schema.check_datacube(datacube)
     intensity = datacube["intensity"]
     check_blocks(intensity)
@@ -295,6 +300,8 @@ def _peaks_template(intensity: xr.DataArray, max_num_peaks: int) -> xr.Dataset:
 
 def _peaks_of_block(block: xr.Dataset, *, config: DetectionConfig, numbers: dict[str, Any]) -> xr.Dataset:
     """The labelled form of :func:`fcunet.blocks.process_block`."""
+    from .blocks import process_block
+
     calibration = SimpleNamespace(
         probe=block["probe"].values,
         bad_pixels=block["bad_pixels"].values,

@@ -23,6 +23,7 @@ import xarray as xr
 import zarr
 
 from . import accessor, schema
+from .calibration import Calibration
 from .datacube import (
     DamagedBlockError,
     DatacubeWriter,
@@ -36,7 +37,7 @@ from .datacube import (
 )
 from .layout import BlockGrid, Layout, check_blocks, plan_layout
 from .provenance import to_json
-from .zarrfolder import FLOAT_CODEC, existing, open_array, put_array, replace_folder, root_attrs
+from .zarrfolder import FLOAT_CODEC, existing, has_array, open_array, put_array, replace_folder, root_attrs
 
 _ = accessor  # importing it puts .fcunet on datasets and trees
 
@@ -246,6 +247,25 @@ def read_status(path: str | Path) -> np.ndarray:
     return np.asarray(open_array(path, "status")[:])
 
 
+def load_calibration(peaks: str | Path) -> Calibration:
+    """What `fcunet.tiles.save_calibration` kept with the peaks of a run."""
+    folder = Path(peaks, "calibration")
+    values: dict[str, Any] = dict(zarr.open_group(folder, mode="r", use_consolidated=False).attrs)
+    bad = np.flatnonzero(open_array(folder, "bad_pixels")[:])
+    origin = np.asarray(open_array(folder, "origin")[:]) if has_array(folder, "origin") else None
+    templates, index = (
+        np.asarray(open_array(folder, name)[:]) if has_array(folder, name) else None
+        for name in ("templates", "template_index")
+    )
+    return Calibration.from_dict(
+        values | {"bad_pixels": bad},
+        probe=np.asarray(open_array(folder, "probe")[:]),
+        origin=origin,
+        templates=templates,
+        template_index=index,
+    )
+
+
 def write_results(path: str | Path, tree: xr.DataTree) -> Path:
     """Write a results tree, replacing an earlier one, so that a reader finds the old or the new one, whole.
 
@@ -295,7 +315,10 @@ def open_results(path: str | Path) -> xr.DataTree:
     if not path.exists():
         raise FileNotFoundError(_why_no_results(folder))
     path = existing(path)
-    schema.check_format(root_attrs(path), "results", str(path))
+    attrs = root_attrs(path)
+    if attrs.get("fcunet_format") == "datacube":
+        raise ValueError(f"{path} is a scan, not the results of one; make them with: fcunet run {path}")
+    schema.check_format(attrs, "results", str(path))
     tree = xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None)
     schema.check_results(tree, str(path))
     return tree
@@ -312,6 +335,9 @@ def _why_no_results(folder: Path) -> str:
             f"there are no results in {folder} yet: the run ended after {ended} of {status.size} blocks; it "
             f"goes on with: fcunet run STORE.zarr --out {folder}"
         )
+    runs = sorted(p.parent.name for p in folder.glob("*/strain.zarr"))
+    if runs:
+        return f"{folder} is not a run but holds some: {', '.join(runs[:8])}; name one: {folder / runs[0]}"
     return f"there are no results in {folder} yet; make them with: fcunet run STORE.zarr --out {folder}"
 
 

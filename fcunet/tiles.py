@@ -37,7 +37,7 @@ from .datacube import read_region
 from .kernels.descan import surface_at
 from .layout import BlockGrid
 from .memory import peak_rss
-from .store import block_grid, read_status, set_status, write_peaks_block
+from .store import block_grid, load_calibration, read_status, set_status, write_peaks_block
 from .thumbnails import ProvisionalBasis, thumbnails
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
 
@@ -234,25 +234,6 @@ def save_calibration(peaks: str | Path, calibration: Calibration) -> None:
         if calibration.templates is not None and calibration.template_index is not None:
             put_array(group, "templates", calibration.templates, ("template", *schema.PATTERN_DIMS), {})
             put_array(group, "template_index", calibration.template_index, schema.SCAN_DIMS, {})
-
-
-def load_calibration(peaks: str | Path) -> Calibration:
-    """What :func:`save_calibration` kept."""
-    folder = Path(peaks, "calibration")
-    values: dict[str, Any] = dict(zarr.open_group(folder, mode="r", use_consolidated=False).attrs)
-    bad = np.flatnonzero(open_array(folder, "bad_pixels")[:])
-    origin = np.asarray(open_array(folder, "origin")[:]) if has_array(folder, "origin") else None
-    templates, index = (
-        np.asarray(open_array(folder, name)[:]) if has_array(folder, name) else None
-        for name in ("templates", "template_index")
-    )
-    return Calibration.from_dict(
-        values | {"bad_pixels": bad},
-        probe=np.asarray(open_array(folder, "probe")[:]),
-        origin=origin,
-        templates=templates,
-        template_index=index,
-    )
 
 
 @contextlib.contextmanager

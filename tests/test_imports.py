@@ -116,6 +116,7 @@ def test_cluster__knows_nothing_of_diffraction():
         ("fcunet.kernels.correlation", DISTRIBUTED),
         ("fcunet.kernels.lattice", DISTRIBUTED),
         ("fcunet.nn", DISTRIBUTED),
+        ("fcunet.report, fcunet.pipeline", {"torch"}),
         ("fcunet.blocks", {"dask", "distributed", "xarray", "zarr"}),
     ],
 )

@@ -8,7 +8,7 @@ from PIL import Image
 from fcunet import plot
 from fcunet.plot.patterns import lattice_angle, near_lattice
 from fcunet.plot.style import round_down, round_up
-from fcunet.tiles import load_calibration
+from fcunet.store import load_calibration
 
 SCAN = ("scan_y", "scan_x")
 COMPONENTS = ("e_xx", "e_yy", "e_xy", "theta")

@@ -56,7 +56,7 @@ def _code_of_detector(maps: Maps, ring: Detector, run: str | Path) -> list[str]:
         lines.append(f"datacube = datacube.isel(scan_y=slice({y0}, {y1}), scan_x=slice({x0}, {x1}))")
     if follow:
         lines += [
-            "from fcunet.tiles import load_calibration",
+            "from fcunet.store import load_calibration",
             f"calibration = load_calibration({str(Path(run) / 'peaks.zarr')!r})",
             "shift = calibration.origin - calibration.centre  # the detector follows the descan",
         ]

@@ -1,6 +1,8 @@
 """A page of Panel on a port of this machine, which needs no other host."""
 
+import os
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,13 +37,20 @@ def run_server(
         host = socket.gethostname()
         print(f"          from elsewhere: ssh -L {server.port}:127.0.0.1:{server.port} {host}", flush=True)
     server.start()
-    if browser:
+    if browser and has_display():
         with suppress(webbrowser.Error):
-            webbrowser.open(link)  # without a display nothing happens, and the link is above
+            webbrowser.open(link)
+    elif browser:
+        print("          no display here: open that address in a browser", flush=True)
     try:
         IOLoop.current().start()
     except KeyboardInterrupt:
         server.stop()
+
+
+def has_display() -> bool:
+    """Something can open a window; without it `webbrowser` would fill the terminal with a text browser."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
 
 
 def serve(
@@ -69,6 +78,8 @@ def serve(
     from .app import explore
     from .sources import find_sources
 
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}; ports are numbers from 1 to 65535, or 0 for any free one")
     find_sources(results, scan)  # what is wrong is said here, not in the browser
     run_server(
         lambda: explore(results, scan=scan).panel(),

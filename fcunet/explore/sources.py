@@ -15,7 +15,7 @@ from .. import schema
 from ..calibration import Calibration
 from ..config import Config
 from ..provenance import input_fingerprint
-from ..store import open_datacube, open_peaks, open_results
+from ..store import load_calibration, open_datacube, open_peaks, open_results
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +157,6 @@ def _run_folder(source: Any) -> Path | None:
 
 
 def _calibration(peaks: Path) -> Calibration | None:
-    from ..tiles import load_calibration
-
     return load_calibration(peaks) if (peaks / "calibration").is_dir() else None
 
 

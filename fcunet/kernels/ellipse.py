@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage as ndi
 from scipy.optimize import least_squares
-from scipy.signal import find_peaks
 
 Array = NDArray[np.float64]
 
@@ -124,6 +123,8 @@ def find_ring(image: NDArray, centre: tuple[float, float], *, inner_px: float) -
         return math.nan
     r, value = r[use], np.sqrt(np.clip(profile[use], 0, None))
     value = ndi.gaussian_filter1d(value, 1.0)
+    from scipy.signal import find_peaks  # slow to import
+
     peaks, facts = find_peaks(value, prominence=1e-6 * float(np.ptp(value) or 1.0))
     if not len(peaks):
         return math.nan

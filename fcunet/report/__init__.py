@@ -3,8 +3,7 @@
 `source` reads what is known of a run, `page` writes HTML, `single` and `compare` are the two reports.
 """
 
-from ..preview import preview
 from .compare import write_comparison
 from .single import write_report
 
-__all__ = ["preview", "write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report"]

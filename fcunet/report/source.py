@@ -15,8 +15,7 @@ from ..calibration import Calibration
 from ..config import Config
 from ..pipeline import compare_with_truth
 from ..schema import STRAIN_COMPONENTS
-from ..store import open_results
-from ..tiles import load_calibration
+from ..store import load_calibration, open_results
 
 _DETECTORS = {
     "fcunet": "FCU-Net",
