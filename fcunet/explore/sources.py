@@ -1,8 +1,6 @@
 """Where the numbers behind a result lie: maps in the tree, peaks and patterns read one position at a time."""
 
-import contextlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from numpy.typing import NDArray
 
 from .. import schema
 from ..calibration import Calibration
-from ..config import Config
-from ..provenance import input_fingerprint
 from ..store import load_calibration, open_datacube, open_peaks, open_results
+from ..whereabouts import cut_to_region, find_scan, places, same_scan
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +159,7 @@ def _calibration(peaks: Path) -> Calibration | None:
 
 def _find_datacube(found: Sources, scan: str | Path | xr.Dataset | None) -> None:
     if isinstance(scan, xr.Dataset):
-        found.datacube = _cut(found, scan)
+        found.datacube = cut_to_region(found.tree, scan)
         if found.datacube is None:
             raise ValueError(
                 f"the scan given has {scan.sizes['scan_y']} x {scan.sizes['scan_x']} positions, the results "
@@ -170,53 +167,17 @@ def _find_datacube(found: Sources, scan: str | Path | xr.Dataset | None) -> None
             )
         return
     if scan is not None:
-        datacube = open_datacube(scan)
-        found.datacube, found.scan = _cut(found, datacube), Path(scan)
-        if found.datacube is None or not _same_scan(found.tree.attrs, Path(scan)):
+        found.datacube, found.scan = cut_to_region(found.tree, open_datacube(scan)), Path(scan)
+        if found.datacube is None or not same_scan(found.tree.attrs, Path(scan)):
             raise ValueError(f"{scan} is not the scan of these results; name the one they were made from")
         return
-    candidates = _candidates(found.folder)
-    for path in candidates:
-        if not path.exists():
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            part = _cut(found, open_datacube(path, check=False))
-            if part is not None and _same_scan(found.tree.attrs, path):
-                found.datacube, found.scan = part, path
-                return
-    where = f" (it was {candidates[0].name})" if candidates else ""
+    known = find_scan(found.folder, found.tree)
+    if known is not None:
+        found.scan, found.datacube = known
+        return
+    before = places(found.folder)
+    where = f" (it was {before[0].name})" if before else ""
     found.missing["patterns"] = (
         f"The scan is not where it was during the run{where}: maps and peaks still work, patterns do not. "
         "Name it: fcunet explore RUN --scan SCAN.zarr"
     )
-
-
-def _candidates(folder: Path | None) -> list[Path]:
-    """Where the scan of a run may be: as the run was told, or under its name in or near the run directory."""
-    if folder is None or not (folder / "config.yaml").is_file():
-        return []
-    try:
-        store = Config.load(folder / "config.yaml").store
-    except ValueError as err:
-        logger.info("config.yaml cannot be read: %s", err)
-        return []
-    if store is None:
-        return []
-    near = [base / store.name for base in (folder, *list(folder.resolve().parents)[:3])]
-    return [store, *near]
-
-
-def _cut(found: Sources, datacube: xr.Dataset) -> xr.Dataset | None:
-    """The region of the run; None if the scan has another shape."""
-    region = found.tree.attrs.get("region")
-    if region:
-        y0, y1, x0, x1 = (int(v) for v in region)
-        datacube = datacube.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
-    same = (datacube.sizes["scan_y"], datacube.sizes["scan_x"]) == found.shape
-    return datacube if same else None
-
-
-def _same_scan(attrs: Mapping[Any, Any], path: Path) -> bool:
-    """The fingerprint agrees, if there is one."""
-    known = attrs.get("input_fingerprint")
-    return not known or input_fingerprint(path) == known

@@ -12,7 +12,8 @@ import xarray as xr
 from .. import plot, schema
 from ..cepstral import in_real_space
 from ..schema import STRAIN_COMPONENTS
-from ..store import open_datacube, open_peaks
+from ..store import open_peaks
+from ..whereabouts import find_scan
 from .opinion import doubts_of_method, second_opinion, systematic
 from .page import boxes, grid, paragraph, picture, section, table, text, write_page
 from .source import Run, headline, load_run, number
@@ -183,23 +184,17 @@ def _doubts(run: Run) -> Iterable[str]:
 
 def _detection(run: Run) -> str:
     """Some patterns with their disks and lattices, if the scan is still where it was."""
-    store = run.config.store if run.config else None
     peaks_path = run.folder / "peaks.zarr"
-    if store is None or not peaks_path.is_dir():
+    if run.config is None or run.config.store is None or not peaks_path.is_dir():
         return ""
-    try:
-        datacube = open_datacube(store)
-    except (OSError, ValueError) as err:
-        logger.info("patterns are not shown: %s", err)
+    known = find_scan(run.folder, run.tree)
+    if known is None:
         return paragraph(
-            "The scan is not where it was during the run: its patterns cannot be shown.", "small"
-        )
-    if run.config is not None and run.config.region is not None:
-        y0, y1, x0, x1 = run.config.region
-        datacube = datacube.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
-    ny, nx = run.strain.sizes["scan_y"], run.strain.sizes["scan_x"]
-    if (datacube.sizes["scan_y"], datacube.sizes["scan_x"]) != (ny, nx):
-        return paragraph("The scan at its place is another one: its patterns are not shown.", "small")
+            f"The scan is not where it was during the run (it was {run.config.store.name}): its patterns "
+            "cannot be shown.", "small"
+        )  # fmt: skip
+    datacube = known[1]
+    ny, nx = run.found.shape
     count = min(N_SHOWN, ny * nx)
     # spread over both axes: steps along the golden section
     at = sorted({(int((0.5 + k) * ny / count) % ny, int(nx * ((0.5 + 0.618 * k) % 1))) for k in range(count)})
