@@ -491,17 +491,22 @@ def train(
 
 @app.command()
 def doctor(
+    store: Annotated[
+        Path | None,
+        typer.Argument(help="a datacube: also say what a run over it will take", show_default=False),
+    ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="also check a profile, with one job, or a scheduler's address")
     ] = None,
 ) -> None:
     """Check this machine and a cluster, and say what to do about what is missing."""
-    from .doctor import examine
+    from .doctor import examine, examine_scan
     from .doctor_cluster import examine_cluster
 
     sound = True
     there = examine_cluster(cluster, say=lambda text: typer.echo(f"...  {text}")) if cluster else ()
-    for check in itertools.chain(examine(), there):
+    scan = examine_scan(store, cluster) if store else ()
+    for check in itertools.chain(examine(), there, scan):
         typer.echo(f"{'ok ' if check.ok else 'BAD'}  {check.name:13}  {check.finding}")
         if not check.ok:
             sound = False

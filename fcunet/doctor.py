@@ -21,6 +21,20 @@ def examine() -> list[Check]:
     return [guarded(name, check) for name, check in _CHECKS.items()]
 
 
+def examine_scan(store: str | os.PathLike[str], cluster: str | None = None) -> list[Check]:
+    """What a run over a datacube would take here or on `cluster`, and whether it fits: a ten-second trial."""
+    from .config import Config
+    from .predict import predict
+
+    def look() -> Check:
+        where = {} if cluster is None else {"cluster": cluster}
+        predicted = predict(Config.load(store=store, **where))
+        text = "; ".join(" ".join(line.split()) for line in predicted.lines())
+        return Check("run", not predicted.problems, text, "; ".join(predicted.problems))
+
+    return [guarded("run", look)]
+
+
 def _packages() -> Check:
     found, missing = [], []
     for package in _PACKAGES:

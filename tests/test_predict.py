@@ -11,6 +11,7 @@ from fcunet import runner
 from fcunet.calibrate import calibrate
 from fcunet.cluster import WorkerPlan, plan_workers
 from fcunet.config import Config
+from fcunet.doctor import examine_scan
 from fcunet.layout import Layout
 from fcunet.memory import peak_rss, reset_peak_rss, rss
 from fcunet.predict import MARGIN, Measurement, MeasurementError, Prediction, predict
@@ -86,6 +87,25 @@ def test_predict__says_that_the_trial_failed(tmp_path):
     config = Config.load(store=store, method="correlation", device="cpu")
     with pytest.raises(MeasurementError, match="cannot be read"):
         predict(config, calibration=calibrate(draw_datacube()))
+
+
+def test_doctor__says_what_a_run_over_a_scan_will_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcunet.predict.predict", lambda config: PREDICTED)
+    (good,) = examine_scan(tmp_path / "scan.zarr")
+    assert good.ok
+    for word in ("memory 1.25 GiB per worker", "time about", "output"):
+        assert word in good.finding
+    full = dataclasses.replace(PREDICTED, disk_free=2**20)
+    monkeypatch.setattr("fcunet.predict.predict", lambda config: full)
+    (bad,) = examine_scan(tmp_path / "scan.zarr")
+    assert not bad.ok
+    assert "1.0 MiB are free" in bad.advice
+
+
+def test_doctor__says_that_there_is_no_such_scan(tmp_path):
+    (missing,) = examine_scan(tmp_path / "scan.zarr")
+    assert not missing.ok
+    assert "scan.zarr" in missing.finding
 
 
 @pytest.mark.slow
