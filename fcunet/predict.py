@@ -276,7 +276,10 @@ def measure_block(
     numeric = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with tempfile.TemporaryDirectory() as folder:
         values = calibration.to_dict()
-        np.savez(Path(folder, "probe.npz"), probe=calibration.probe)
+        arrays = {"probe": calibration.probe}
+        if calibration.templates is not None and calibration.template_index is not None:
+            arrays |= {"templates": calibration.templates, "template_index": calibration.template_index}
+        np.savez(Path(folder, "probe.npz"), **arrays)  # type: ignore[arg-type]
         request = {
             "store": str(Path(store).resolve()),
             "block_shape": block_shape,
@@ -320,7 +323,10 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     torch.set_num_threads(1)
     detection = DetectionConfig(**request["detection"])
     with np.load(request["probe"]) as saved:
-        calibration = Calibration.from_dict(request["calibration"], probe=saved["probe"])
+        templates, index = (saved.get(n) for n in ("templates", "template_index"))
+        calibration = Calibration.from_dict(
+            request["calibration"], probe=saved["probe"], templates=templates, template_index=index
+        )
     (by, bx), (y0, x0) = request["block_shape"], request["origin"]
     cuda = pick_device(detection.device).type == "cuda"
     one = read_region(request["store"], slice(y0, y0 + 1), slice(x0, x0 + 1))
@@ -335,7 +341,8 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     parts: list[dict[str, np.ndarray]] = []
     n, start = 0, time.perf_counter()
     while n < by and (not parts or time.perf_counter() - start < request["seconds"]):
-        parts.append(process_block(chunk[n : n + rows], detection, calibration))
+        some = None if index is None else index[n : min(n + rows, by), :bx]
+        parts.append(process_block(chunk[n : n + rows], detection, calibration, template_index=some))
         n = min(n + rows, by)
     detect_s = (time.perf_counter() - start) / (n * bx)
     results = {name: np.concatenate([p[name] for p in parts]) for name in schema.PEAKS if name != "status"}

@@ -71,7 +71,7 @@ def test_fit_lattice__follows_the_schema(lattice):
     assert list(lattice.coords) == ["scan_y", "scan_x"]
 
 
-def test_fit_lattice__of_lazy_peaks_is_lazy_and_the_same(peaks, lattice):
+def test_fit_lattice__of_lazy_peaks_is_lazy_and_the_same(peaks, lattice):  # S10
     lazy = fit_lattice(peaks.chunk(scan_y=3, scan_x=4))
     assert lazy["g1_qy"].chunks == ((3, 3, 2), (4, 4, 2))
     xr.testing.assert_identical(lazy.compute(), lattice)
@@ -125,6 +125,16 @@ def test_compute_strain__recovers_the_matrix_of_an_inclusion_and_zero_outside(la
     np.testing.assert_allclose(strain["e_xx"], F[..., 1, 1] - 1, atol=1e-9)
     np.testing.assert_allclose(strain["theta"], (F[..., 0, 1] - F[..., 1, 0]) / 2, atol=1e-9)
     assert strain.attrs["reference"] == "median of 24 of 24 positions, region 0:8,0:3"
+
+
+def test_compute_strain__recovers_an_inclusion_of_twenty_percent():  # S9
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    y, x = np.mgrid[:8, :10]
+    inside = ((y - 3.5) / 3) ** 2 + ((x - 6) / 3) ** 2 < 1
+    F[inside] += np.array([[0.1, 0.05], [0.15, 0.2]])
+    lattice = fit_lattice(make_peaks(F=F), basis=G, max_strain=0.35)
+    strain = compute_strain(lattice, reference=G)
+    np.testing.assert_allclose(strain["F"], F, atol=1e-9)
 
 
 def test_compute_strain__follows_the_schema_and_is_lazy_on_demand(peaks, lattice):

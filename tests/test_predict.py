@@ -125,3 +125,16 @@ def test_predict__foretells_the_memory_of_a_worker_and_the_output_within_a_quart
     written = sum(f.stat().st_size for f in (tmp_path / "run" / "peaks.zarr").rglob("*") if f.is_file())
     assert written < 1.25 * predicted.peaks_bytes
     assert open_results(tmp_path / "run")["strain/e_xx"].notnull().all()
+
+
+@pytest.mark.slow
+def test_predict__tries_with_the_template_of_the_region(tmp_path):
+    store = write_datacube(tmp_path / "scan.zarr", draw_datacube())
+    known = calibrate(draw_datacube())
+    dark = dataclasses.replace(
+        known, templates=np.zeros((1, 64, 64), np.float32), template_index=np.zeros((6, 10), np.int64)
+    )
+    config = Config.load(store=store, method="correlation", device="cpu")
+    # the probe itself is sound: only the template of the region can be refused
+    with pytest.raises(MeasurementError, match="probe"):
+        predict(config, calibration=dark)

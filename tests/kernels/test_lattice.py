@@ -364,6 +364,28 @@ def test_fit_lattice__weighs_two_families_by_their_stated_error():  # S7
     assert 1 / (found.g[0, 0, 1] / 30) - 1 == pytest.approx(1 / 1.018 - 1, abs=1e-4)
 
 
+def test_fit_lattice__weights_one_and_two_give_the_weighted_mean():  # S7
+    """Sites at 1 % with weight 1, at 2 % with weight 2: 1.667 % in the formula linear in the pattern."""
+    h, k = np.array([-1, 1, -1, 1] * 2), np.array([-1, -1, 1, 1] * 2)
+    far = np.repeat([0, 8], 4)
+    q = np.stack([30.0 * (k + far), 30.0 * h * np.repeat([1.01, 1.02], 4)], 1) + 100
+    sigma = 0.2 * np.repeat([1.0, 0.5**0.5], 4)
+    found = fit(q[None], g=[[0, 30.4], [30, 0]], origin=(100, 100), sigma=sigma[None], max_peak_spacing=5)
+    F = deformation_gradient(found.g, [[0, 30], [30, 0]])
+    assert strain_from_F(F, convention="py4dstem")["e_xx"] == pytest.approx(-0.05 / 3, abs=1e-4)
+    assert strain_from_F(F)["e_xx"] == pytest.approx(1 / (1 + 0.05 / 3) - 1, abs=1e-4)
+
+
+def test_fit_lattice__a_false_vector_has_no_lattice():  # S11
+    grid = np.array(list(itertools.product(range(10), repeat=2))) @ np.array([[9.0, 1.0], [-1.5, 11.0]]) + 20
+    q, middle = grid[None], grid[44]
+    true = fit(q, g=[[9.0, 1.0], [-1.5, 11.0]], origin=middle, max_peak_spacing=0.1)
+    false = fit(q, g=[[9.0, 1.0], [3.3, 7.1]], origin=middle, max_peak_spacing=0.1)
+    assert true.n_indexed == 100
+    assert false.n_indexed == 0
+    assert np.isnan(false.g).all()
+
+
 def test_fit_lattice__a_peak_of_tiny_weight_does_not_matter():  # S11
     q, *_ = scan(1, noise=0.1, descan=0)
     sigma = np.full(q.shape[:-1], 0.1)

@@ -71,6 +71,25 @@ def test_deformation_gradient__does_not_depend_on_the_basis():  # S6
         np.testing.assert_allclose(deformation_gradient(deform(basis, F), basis), F, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (np.eye(2), (0, 0, 0, 0)),
+        (turn(np.deg2rad(3.0)), (0, 0, 0, np.deg2rad(3.0))),
+        (turn(np.deg2rad(-3.0)), (0, 0, 0, np.deg2rad(-3.0))),
+        (1.1 * np.eye(2), (-1 / 11, -1 / 11, 0, 0)),
+        (np.diag([1.0, 1.1]), (-1 / 11, 0, 0, 0)),
+    ],
+)
+def test_strain__is_one_tensor_from_every_set_of_vectors(pattern, expected):  # S6
+    sets = [[[1, 0], [0, 1]], [[1, 1], [1, -1.2]], [[1, 0], [0, 1], [1, 1], [1, -1.2]]]
+    for vectors in (np.array(v, dtype=float) for v in sets):
+        # more than two: the linear map between them by least squares, from which any two follow
+        linear = np.linalg.lstsq(vectors, vectors @ pattern.T, rcond=None)[0]
+        e = strain_from_F(deformation_gradient(vectors[:2] @ linear, vectors[:2]), "biot")
+        np.testing.assert_allclose([e[c] for c in COMPONENTS], expected, atol=1e-10)
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(1.1, -1 / 11), (0.9, 1 / 9)])
 def test_deformation_gradient__of_a_magnified_pattern(scale, expected):  # S6
     e = strain_from_F(deformation_gradient(scale * G_REF, G_REF))
