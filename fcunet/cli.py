@@ -47,6 +47,12 @@ def _option_type(annotation: Any) -> Any:
     )
 
 
+def _extra(field: Any) -> dict[str, Any]:
+    """What a setting says of itself beyond its type: the word for its default."""
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}
+
+
 def with_settings(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add one option per setting of `sections`; those given arrive in the command's ``settings``."""
 
@@ -57,6 +63,7 @@ def with_settings(*sections: str) -> Callable[[Callable[..., None]], Callable[..
         for section in sections:
             for name, field in SECTIONS[section].model_fields.items():
                 default = "measured" if field.default is None else field.default
+                default = _extra(field).get("default", default)
                 text = f"{field.description or ''} [{default}]".strip()
                 flag = "--" + name.replace("_", "-")
                 option = typer.Option(flag, help=text, rich_help_panel=None, show_default=False)

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -132,14 +140,24 @@ class StrainConfig(_Section):
         None,
         description="absolute strain against an ideal crystal: 'F 5.4309', 'P a,c', six parameters, or a "
         ".cif file; reference then says onto what it is turned",
+        json_schema_extra={"default": "none"},
     )
-    zone: tuple[int, int, int] | None = Field(None, description="u,v,w of the crystal along the beam")
+    zone: tuple[int, int, int] | None = Field(
+        None, description="u,v,w of the crystal along the beam", json_schema_extra={"default": "any"}
+    )
     miller: tuple[tuple[int, int, int], tuple[int, int, int]] | None = Field(
-        None, description="h,k,l of g1 and of g2, six numbers; None = found"
+        None, description="h,k,l of g1 and of g2, six numbers", json_schema_extra={"default": "found"}
     )
-    q_pixel: float | None = Field(None, gt=0, description="pixel size for the crystal, 1/angstrom")
+    q_pixel: float | None = Field(
+        None,
+        gt=0,
+        description="pixel size for the crystal, 1/angstrom",
+        json_schema_extra={"default": "of the data"},
+    )
     axis: Literal["g1", "g2"] | tuple[int, int] | tuple[int, int, int] | None = Field(
-        None, description="x of the strain along g1, g2, M,N (combination of them) or, with a crystal, h,k,l"
+        None,
+        description="x of the strain along g1, g2, M,N (combination of them) or, with a crystal, h,k,l",
+        json_schema_extra={"default": "none"},
     )
     measure: Literal["infinitesimal", "biot", "green_lagrange", "hencky"] = "infinitesimal"
     convention: Literal["fcunet", "py4dstem", "pyxem", "quantem"] = "fcunet"
@@ -175,6 +193,12 @@ class SecondConfig(_Section):
         description="take the second opinion where the first method has no lattice, or the pattern is unlike "
         "those of the network's training",
     )
+
+    @model_validator(mode="after")
+    def _check_fall_back(self) -> "SecondConfig":
+        if self.fall_back and self.second_opinion == "none":
+            raise ValueError("there is nothing to fall back on: second_opinion is none, say correlation")
+        return self
 
 
 class ClusterConfig(_Section):

@@ -276,7 +276,7 @@ def measure_block(
     numeric = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with tempfile.TemporaryDirectory() as folder:
         values = calibration.to_dict()
-        arrays = {"probe": calibration.probe}
+        arrays: dict[str, np.ndarray] = {"probe": calibration.probe}
         if calibration.templates is not None and calibration.template_index is not None:
             arrays |= {"templates": calibration.templates, "template_index": calibration.template_index}
         np.savez(Path(folder, "probe.npz"), **arrays)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .cepstral import REAL_SPACE
 from .cluster import connect, job_script, report_health
-from .config import Config
+from .config import Config, SecondConfig
 from .dashboard import RunPageFeed, page_link
 from .datacube import DamagedBlockError
 from .layout import BlockGrid
@@ -200,7 +200,8 @@ def _second_plan(plan: _Run) -> _Run | None:
     if method in ("none", config.detection.method):
         return None
     detection = config.detection.model_copy(update={"method": method})
-    return _plan(config.model_copy(update={"detection": detection, "out": plan.out / SECOND}))
+    changes = {"detection": detection, "second": SecondConfig(), "out": plan.out / SECOND}
+    return _plan(config.model_copy(update=changes))
 
 
 @contextmanager
@@ -296,6 +297,11 @@ def _plan(config: Config) -> _Run:
     if config.store is None:
         raise ValueError(
             "no datacube was given; name one: fcunet run SCAN.zarr, or Config(store='SCAN.zarr')"
+        )
+    if config.second.second_opinion == config.detection.method:
+        raise ValueError(
+            f"the second opinion is {config.detection.method}, as the first method; ask another one: "
+            "--second-opinion correlation, cepstral or fcunet"
         )
     store = Path(config.store)
     datacube, grid = open_region(store, config.region)

@@ -96,3 +96,12 @@ def test_run__keeps_both_methods_side_by_side_on_demand(small_run, tmp_path):
     assert config.science_hash() == Config.load(**settings).science_hash()
     again = runner.rerun_strain(tmp_path / "run", second_opinion="correlation", fall_back=True)
     assert int(again["strain"]["source"].max()) in (1, 2)
+
+
+def test_settings__that_make_no_sense_are_refused(small_run, tmp_path):
+    store, _ = small_run
+    with pytest.raises(ValueError, match="nothing to fall back on"):
+        Config.load(fall_back=True)
+    config = Config.load(store=store, out=tmp_path, method="correlation", second_opinion="correlation")
+    with pytest.raises(ValueError, match="as the first method"):
+        runner.run(config, progress=False)
