@@ -54,6 +54,7 @@ def moved(small_run, tmp_path):
     return tmp_path / "elsewhere"
 
 
+@pytest.mark.slow
 def test_one_row__has_a_report_figures_and_numbers(one_row):
     assert "1 x 10" in (one_row / "report.html").read_text()
     results = fcunet.open_results(one_row)
@@ -62,6 +63,7 @@ def test_one_row__has_a_report_figures_and_numbers(one_row):
     assert set(results.fcunet.at(0, 9)) >= {"strain", "lattice", "virtual"}
 
 
+@pytest.mark.slow
 def test_empty__says_so_everywhere(empty):
     page = (empty / "report.html").read_text()
     assert "Only 0 % of the positions have a lattice" in page
@@ -71,6 +73,7 @@ def test_empty__says_so_everywhere(empty):
     assert np.isnan(results.fcunet.at(1, 1)["strain"]["e_xx"])
 
 
+@pytest.mark.slow
 def test_comparison__of_an_empty_run_and_one_of_a_row(empty, one_row, tmp_path):
     text = write_comparison(empty, one_row, tmp_path / "two.html").read_text()
     assert "A has 2 x 3 positions and B 1 x 10, and they cannot be matched" in text
@@ -82,6 +85,7 @@ def test_moved__report_says_that_the_scan_is_gone_and_has_all_else(moved):
     assert page.count("<figure>") >= 6
 
 
+@pytest.mark.slow
 def test_moved__with_its_scan_beside_it_shows_patterns_again(moved, small_run):
     shutil.copytree(small_run[0], moved.parent / "scan.zarr")
     assert "Patterns with the disks found" in write_report(moved).read_text()
@@ -103,6 +107,7 @@ def environment_without_display(folder) -> dict[str, str]:
     return kept | {"PATH": f"{programs}:{os.environ['PATH']}", "MPLBACKEND": "TkAgg"}
 
 
+@pytest.mark.slow
 def test_no_display__reports_are_drawn(small_run, tmp_path):
     shutil.copytree(small_run[1], tmp_path / "run")
     command = [Path(sys.executable).with_name("fcunet"), "report", tmp_path / "run"]
@@ -111,6 +116,7 @@ def test_no_display__reports_are_drawn(small_run, tmp_path):
     assert "report.html" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_display__explorer_prints_its_address_and_starts_no_text_browser(small_run, tmp_path):
     pytest.importorskip("panel", reason="panel is not installed: pip install -e '.[notebooks]'")
     command = [Path(sys.executable).with_name("fcunet"), "explore", small_run[1]]
@@ -159,6 +165,7 @@ def test_open__names_what_is_missing_or_of_another_kind(name, small_run, tmp_pat
         function(small_run[0] if name == "open_results" else small_run[1] / "strain.zarr")
 
 
+@pytest.mark.slow
 def test_accessor__outside_the_scan_and_of_a_foreign_dataset(one_row):
     with pytest.raises(ValueError, match="outside the scan of 1 x 10"):
         fcunet.open_results(one_row).fcunet.at(1, 0)

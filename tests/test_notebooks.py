@@ -8,10 +8,12 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# one in the default run shows that notebooks work at all; each takes longer than five seconds
+EACH = [pytest.param(p, marks=pytest.mark.slow if i else ()) for i, p in enumerate(NOTEBOOKS)]
 
 
 @pytest.mark.filterwarnings("ignore")  # the kernel is another process: only its errors count
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EACH, ids=lambda p: p.stem)
 def test_notebook__runs_from_top_to_bottom(path, small_run, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     scan, run = small_run

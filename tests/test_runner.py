@@ -319,6 +319,7 @@ def test_run__sigterm_drains_and_says_how_to_go_on(finished, store, tmp_path):
     assert_same_bytes(out, finished[0])
 
 
+@pytest.mark.slow
 def test_run__ctrl_c_to_the_whole_group_drains_too(finished, store, tmp_path):
     out = tmp_path / "run"
     process = start(store, out, tmp_path)
@@ -336,6 +337,7 @@ def deadly_tile(job, iy, ix):
     return tiles.process_tile(job, iy, ix)
 
 
+@pytest.mark.slow
 def test_run__gives_up_only_the_tile_that_kills_its_workers(store, tmp_path, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(tiles, "submitted", deadly_tile)

@@ -296,6 +296,7 @@ class HistogramFigure:
 
     def __init__(self) -> None:
         self.fig = _plain("histogram", _MAP_SIZE[0], 90, tools="reset,save", x_range=Range1d(start=0, end=1))
+        self.fig.min_border_left = 60  # as much as the axis takes, or the frame is moved out of sight
         self._reach = (0.0, 1.0)
         self.source = ColumnDataSource(data={"left": [], "right": [], "top": []}, name="histogram-data")
         self.fig.quad("left", "right", "top", 0, source=self.source, fill_color="#888888", line_color=None)
