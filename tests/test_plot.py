@@ -259,3 +259,20 @@ def test_orientations__of_two_grains_are_told_apart_and_turned_into_the_scan_fra
     found = {round(np.degrees(p.get_x() + p.get_width() / 2) % 180) for p in bars}
     assert found == {round((np.degrees(np.arctan2(3, 15)) - 30) % 180)}
     assert "grain 2" in texts(figure)
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_disagreement__shows_marks_where_there_are_any(flagged):
+    tree = results()
+    strain = tree["strain"].to_dataset()
+    strain["valid"] = strain["e_xx"].notnull()
+    second = strain[["e_xx"]].assign(
+        disagreement=abs(strain["e_xx"]), disagreement_sigma=abs(strain["e_xx"]) * 100
+    )
+    if flagged:
+        strain["outside_training"] = xr.ones_like(strain["e_xx"], dtype=np.uint8)
+    tree["strain"], tree["second"] = xr.DataTree(strain), xr.DataTree(second)
+    figure = plot.disagreement(tree)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert len(titles) == (3 if flagged else 2)
+    assert plot.to_png(figure)

@@ -246,7 +246,7 @@ def disagreement(results: xr.DataTree) -> Figure:
     top = max(1e-3, range_of(np.abs(apart.values), 2, 98)[1])
     maps = [
         (apart, (0.0, top), "difference of the strain", r"$10^{-3}$"),
-        (second["disagreement_sigma"], (0.0, 5.0), "the same in error bars", "error bars"),
+        (second["disagreement_sigma"], (0.0, 5.0), "in error bars of both", ""),
     ]
     marked = xr.zeros_like(apart).where(strain_["valid"])
     if "outside_training" in strain_:
@@ -254,7 +254,7 @@ def disagreement(results: xr.DataTree) -> Figure:
     if "source" in strain_:
         marked = marked.where(strain_["source"].values != 2, 2.0)
     if float(marked.max()) > 0:
-        maps.append((marked, (0.0, 2.0), "1: unlike training, 2: second method", ""))
+        maps.append((marked, (0.0, 2.0), "1 unlike training, 2 second method", ""))
     width, height = panel_size(apart)
     line = is_line(apart)
     columns = 1 if line or in_column() else len(maps)
