@@ -1,6 +1,7 @@
 """Several lattices in one scan: grains side by side, crystals that overlap, vacuum, strays, gaps."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def search(q, intensity, **options):
     return vectors, origin, found
 
 
-@settings(max_examples=3)
+# FCUNET_EXAMPLES=30 pytest tests/kernels/test_lattice_several.py -k strays: the wide search, a minute
+@settings(max_examples=int(os.environ.get("FCUNET_EXAMPLES", "3")))
 @given(
     length=st.floats(18, 34),
     ratio=st.floats(1.0, 1.6),
