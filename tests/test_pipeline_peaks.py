@@ -6,7 +6,7 @@ from flat_scan import FRAME, SCAN, SPACING, draw_datacube
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcunet import pipeline, schema
+from fcunet import blocks, schema
 from fcunet.calibrate import calibrate
 from fcunet.pipeline import find_peaks, virtual_image
 
@@ -51,8 +51,8 @@ def test_find_peaks__follows_the_schema(eager):
 
 def test_find_peaks__lazy_in_lazy_out_without_touching_a_pattern(monkeypatch, datacube, calibration):
     calls = []
-    real = pipeline.process_block
-    monkeypatch.setattr(pipeline, "process_block", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = blocks.process_block
+    monkeypatch.setattr(blocks, "process_block", lambda *a, **k: calls.append(1) or real(*a, **k))
     lazy = find_peaks(chunked(datacube), "correlation", calibration=calibration, **SETTINGS)
     assert calls == []
     assert lazy["peak_qy"].chunks == ((3, 3), (4, 4, 2), (32,))
