@@ -11,7 +11,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 KNOWN = (
     "Gatan dm3/dm4, NanoMEGAS blo and app5, Merlin mib, EMPAD xml/raw, TVIPS, Direct Electron mrc, Velox "
     "emd, HyperSpy "
-    "hspy/zspy, py4DSTEM and other HDF5, DECTRIS Arina, Zarr, NumPy npy"
+    "hspy/zspy, py4DSTEM, stempy events and other HDF5, DECTRIS Arina, Zarr, NumPy npy"
 )
 
 

@@ -1,4 +1,4 @@
-"""HDF5 files, told apart by their structure: py4DSTEM EMD, DECTRIS Arina, HyperSpy, any array."""
+"""HDF5 files, told apart by their structure: py4DSTEM EMD, DECTRIS Arina, stempy, HyperSpy, any array."""
 
 import re
 from pathlib import Path
@@ -52,6 +52,10 @@ def read_hdf5(path: Path, dataset: str | None = None, depth: int | None = None) 
                 f"{path.name} has no array {dataset!r}; it has {', '.join(_datasets(file)) or 'none'}"
             )
         return _plain(path, file[dataset])
+    if {"frames", "scan_positions"} <= set(file.get("electron_events", ())):
+        from .events import read_events
+
+        return read_events(path, file["electron_events"])
     if "entry/instrument/detector" in file and "entry/data" in file:
         return _read_arina(path, file)
     if "Experiments" in file and _text(file.attrs.get("file_format")) == "HyperSpy":
