@@ -75,7 +75,7 @@ def search(q, intensity, **options):
     return vectors, origin, found
 
 
-# FCUNET_EXAMPLES=30 pytest tests/kernels/test_lattice_several.py -k strays: the wide search, a minute
+# FCUNET_EXAMPLES=30 pytest --timeout 0 tests/kernels/test_lattice_several.py -k strays: the wide search
 @settings(max_examples=int(os.environ.get("FCUNET_EXAMPLES", "3")))
 @given(
     length=st.floats(18, 34),
