@@ -112,6 +112,8 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         Numbers for the progress: patterns, peaks, seconds per stage, peak memory in bytes, and the pictures
         of `fcunet.thumbnails` under ``maps``.
     """
+    # the first block imports torch, a call stack too deep for Dask to weigh when it sends its profile
+    logging.getLogger("distributed.sizeof").setLevel(logging.ERROR)
     import torch
 
     from .blocks import device_name, process_block
