@@ -73,7 +73,7 @@ def _draw_origin(axes: list[Axes], origin: Any) -> None:
     at = np.ix_(*(np.arange(s // 2, n, s) for n, s in zip(scan, steps, strict=True)))
     iy, ix = np.indices(scan)
     dy, dx = y - y.mean(), x - x.mean()
-    axes[0].quiver(ix[at], iy[at], dx[at], dy[at], angles="xy", color=BLUE, pivot="middle")
+    _arrows(axes[0], ix[at], iy[at], dx[at], dy[at], BLUE)
     reach = float(np.hypot(np.ptp(y), np.ptp(x)))
     axes[0].set_title(
         f"descan ({attrs['model']}): {reach:.2f} px\nover the scan, by {attrs['method']}", fontsize=9
@@ -237,15 +237,19 @@ def descan(calibration: Any, lattice: xr.Dataset) -> Figure:
     return figure
 
 
+def _arrows(ax: Axes, x: Array, y: Array, dx: Array, dy: Array, color: str) -> None:
+    """Arrows as long as suits most of them; where none moves, none of them need be scaled."""
+    moves = bool(np.nan_to_num(dx).any() or np.nan_to_num(dy).any())
+    ax.quiver(x, y, dx, dy, angles="xy", color=color, pivot="middle", scale=None if moves else 1.0)
+
+
 def _draw_arrows(ax: Axes, moved: Array) -> None:
     """Vectors (scan_y, scan_x, 2) as a dozen arrows along each side, as large as fits."""
     scan: tuple[int, ...] = moved.shape[:2]
     steps = [max(1, math.ceil(n / 12)) for n in scan]
     at = np.ix_(*(np.arange(s // 2, n, s) for n, s in zip(scan, steps, strict=True)))
     iy, ix = np.indices(scan).astype(float)
-    ax.quiver(
-        ix[at], iy[at], moved[..., 1][at], moved[..., 0][at], angles="xy", color=theme().line, pivot="middle"
-    )
+    _arrows(ax, ix[at], iy[at], moved[..., 1][at], moved[..., 0][at], theme().line)
     ax.set_xlim(-0.5, scan[1] - 0.5)
     ax.set_ylim(scan[0] - 0.5, -0.5)
     ax.set_aspect("equal" if 0.2 < scan[0] / scan[1] < 5 else "auto")
