@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+KEEP_FREED = True  # False while memory is measured, see keep_freed_memory
 
 
 def peak_rss() -> int:
@@ -36,7 +37,8 @@ def reset_peak_rss() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 64 MiB of freed memory for its next arrays; False where glibc is not used.
+    """Let this process keep up to 64 MiB of freed memory for its next arrays; False where glibc is not used,
+    or `KEEP_FREED` is False.
 
     Dask starts its workers with ``MALLOC_TRIM_THRESHOLD_=65536``, with which every array over 128 kB is fresh
     memory from the kernel, to be cleared page by page: correlation then takes three times as long.
@@ -44,6 +46,8 @@ def keep_freed_memory() -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
+        return False
+    if not KEEP_FREED:
         return False
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: whole blocks still go back at once
     return bool(mallopt(trim, 64 << 20) and mallopt(mmap, 32 << 20))
