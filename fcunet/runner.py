@@ -336,6 +336,8 @@ def _prepare(plan: _Run, known: Calibration | None = None) -> Calibration:
     """The peaks store of this run, made or checked, with the calibration in it: `known`, else measured."""
     if plan.peaks.exists():
         _check_identity(plan)
+        for left in plan.peaks.glob("*/c/**/*.partial"):  # a chunk that was being written at a kill
+            left.unlink(missing_ok=True)
     else:
         started = time.perf_counter()
         calibration = known or _measure(plan)
