@@ -7,6 +7,7 @@ from typing import Any
 from .calibration_store import apply_from, reset, save
 from .kernels.ellipse import Ellipse
 from .recalibrate import measure
+from .remote import local
 from .session import write_bytes
 from .store import open_datacube
 
@@ -14,7 +15,7 @@ __all__ = ["calibrate_store"]
 
 
 def calibrate_store(
-    store: Path,
+    store: str | Path,
     *,
     other: Path | None = None,
     undo: bool = False,
@@ -39,6 +40,11 @@ def calibrate_store(
     options : mapping
         Arguments of `fcunet.recalibrate.measure`; `ellipse` and `rotation` as text.
     """
+    store = local(
+        store,
+        "a calibration is kept with the scan, and stores at URLs are only read; calibrate a copy here, then "
+        "put it there",
+    )
     if undo:
         return ["  put back  " + ", ".join(reset(store)), f"next: fcunet calibrate {store}"]
     if other is not None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .config import SECTIONS, Config
+from .config import SECTIONS, Config, is_url, parse_option
 
 app = typer.Typer(
     name="fcunet",
@@ -30,7 +30,11 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
 )
 
-StoreArgument = Annotated[Path, typer.Argument(help="datacube, NAME.zarr")]
+StoreArgument = Annotated[str, typer.Argument(help="datacube, NAME.zarr, or its URL: s3://..., https://...")]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=VALUE for a URL, such as anon=true; may be repeated; never credentials"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="run directory, or the peaks.zarr / strain.zarr in it")]
 SettingsOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings")]
 
@@ -142,6 +146,15 @@ def _quantity(text: str | None, name: str, units: tuple[str, ...]) -> tuple[floa
     return value, unit or units[0]
 
 
+def _where(store: str, storage_option: list[str] | None) -> dict[str, Any]:
+    """The settings that say where a scan is."""
+    if storage_option and not is_url(store):
+        raise ValueError(f"--storage-option is for a scan at a URL, and {store} is a path; leave it out")
+    return {"store": store} | (
+        {"storage_options": dict(parse_option(text) for text in storage_option)} if storage_option else {}
+    )
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where the demo writes")] = Path("runs/demo"),
@@ -250,13 +263,14 @@ def convert(
 
 @app.command()
 def info(
-    store: Annotated[Path, typer.Argument(help="datacube, peaks store, results or run directory")],
+    store: Annotated[str, typer.Argument(help="datacube or its URL, peaks store, results or run directory")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    storage_option: StorageOption = None,
 ) -> None:
     """Say what a store holds."""
     from .store import describe
 
-    facts = describe(store)
+    facts = describe(store, _where(store, storage_option).get("storage_options"))
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
@@ -337,14 +351,18 @@ def preview(
     at: Annotated[list[str] | None, typer.Option(help="Y,X; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="figure to write [NAME_preview.png]")] = None,
     config: SettingsOption = None,
+    storage_option: StorageOption = None,
 ) -> None:
     """Look at a few patterns, with all that was measured, before the big run."""
     from .preview import preview as preview_store
+    from .remote import Remote, scan_of
 
     positions = [_pair_from_zero(text) for text in at] if at else None
-    loaded = Config.load(config, store=store, **settings)
-    figure = out or store.with_name(store.stem + "_preview.png")
-    facts = preview_store(store, positions=positions, n=n, config=loaded, out=figure)
+    loaded = Config.load(config, **_where(store, storage_option), **settings)
+    scan = scan_of(loaded)
+    beside = Path() if isinstance(scan, Remote) else scan.parent
+    figure = out or beside / f"{scan.stem}_preview.png"
+    facts = preview_store(scan, positions=positions, n=n, config=loaded, out=figure)
     for line in facts["lines"]:
         typer.echo(line)
     typer.echo(f"wrote     {figure}   next: fcunet run {store}")
@@ -363,7 +381,7 @@ def _pair_from_zero(text: str) -> tuple[int, int]:
 def run(
     store: StoreArgument,
     settings: dict[str, Any],
-    out: Annotated[Path | None, typer.Option(help="run directory [runs/NAME]")] = None,
+    out: Annotated[str | None, typer.Option(help="run directory [runs/NAME]")] = None,
     region: Annotated[str | None, typer.Option(help="Y0:Y1,X0:X1, a part of the scan")] = None,
     config: SettingsOption = None,
     restart: Annotated[
@@ -372,12 +390,14 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
     ] = False,
+    storage_option: StorageOption = None,
 ) -> None:
     """Map the strain of a scan; the same command continues a stopped run."""
     from .runner import plan
     from .runner import run as run_pipeline
 
-    given = {"store": store} | {k: v for k, v in (("out", out), ("region", region)) if v is not None}
+    given = _where(store, storage_option)
+    given |= {k: v for k, v in (("out", out), ("region", region)) if v is not None}
     loaded = Config.load(config, **given, **settings)
     if dry_run:
         for line in plan(loaded):
@@ -445,7 +465,7 @@ def report(
 @app.command()
 def explore(
     run_directory: RunArgument,
-    scan: Annotated[Path | None, typer.Option(help="datacube, if it was moved since the run")] = None,
+    scan: Annotated[str | None, typer.Option(help="datacube, if it was moved since the run")] = None,
     port: Annotated[int, typer.Option(help="port of the page; 0 is any free one")] = 0,
     address: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
     allow_origin: Annotated[
@@ -466,7 +486,7 @@ def explore(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="run directory, or a datacube")],
+    source: Annotated[str, typer.Argument(help="run directory, or a datacube")],
     out: Annotated[Path, typer.Argument(help="file to write")],
     to: Annotated[str, typer.Option(help="csv, parquet, netcdf, py4dstem or zspy")] = "csv",
     what: Annotated[str, typer.Option(help="strain or peaks, for tables and netcdf")] = "strain",
@@ -499,12 +519,13 @@ def train(
 @app.command()
 def doctor(
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(help="a datacube: also say what a run over it will take", show_default=False),
     ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="also check a profile, with one job, or a scheduler's address")
     ] = None,
+    storage_option: StorageOption = None,
 ) -> None:
     """Check this machine and a cluster, and say what to do about what is missing."""
     from .doctor import examine, examine_scan
@@ -512,7 +533,8 @@ def doctor(
 
     sound = True
     there = examine_cluster(cluster, say=lambda text: typer.echo(f"...  {text}")) if cluster else ()
-    scan = examine_scan(store, cluster) if store else ()
+    where = _where(store, storage_option) if store else {}
+    scan = examine_scan(**where, cluster=cluster) if store else ()
     for check in itertools.chain(examine(), there, scan):
         typer.echo(f"{'ok ' if check.ok else 'BAD'}  {check.name:13}  {check.finding}")
         if not check.ok:

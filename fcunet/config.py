@@ -8,8 +8,11 @@ Values come, weakest first, from the defaults below, a YAML file, environment va
 import difflib
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -32,6 +35,8 @@ from .schema import MAX_PEAKS
 
 Region = tuple[int, int, int, int]
 Vectors = tuple[tuple[float, float], tuple[float, float]]
+
+_SECRET = re.compile("key|secret|token|passw|credential|auth|cookie|sas|signature|connection_string", re.I)
 
 
 class _Section(BaseModel):
@@ -224,7 +229,10 @@ class Config(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    store: Path | None = Field(None, description="datacube, NAME.zarr")
+    store: Path | str | None = Field(None, description="datacube, NAME.zarr; a path, or a URL as text")
+    storage_options: dict[str, Any] = Field(
+        {}, description="of a store at a URL, for fsspec: anon, endpoint_url, ...; never credentials"
+    )
     out: Path | None = Field(None, description="run directory; None = runs/NAME")
     region: Region | None = Field(None, description="Y0:Y1,X0:X1, the part of the scan to process")
     calibration: CalibrationConfig = CalibrationConfig()
@@ -238,6 +246,38 @@ class Config(BaseSettings):
     @classmethod
     def _parse_region(cls, value: Any) -> Any:
         return parse_region(value) if isinstance(value, str) else value
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _parse_store(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not is_url(value):
+            return Path(value)
+        if "@" in urlsplit(value).netloc or "?" in value:
+            raise ValueError(
+                "a URL with a password or a query (?...) cannot be used: settings are kept with the results; "
+                "credentials belong into the environment or the files of the object store's library"
+            )
+        return value.rstrip("/")
+
+    @field_validator("storage_options")
+    @classmethod
+    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if secret := _secrets(value):
+            raise ValueError(
+                f"{', '.join(secret)} must not be among the storage options, which are kept with the "
+                "results; credentials belong into the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) "
+                "or into ~/.config/fsspec, on every machine that reads"
+            )
+        return value
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _check_out(cls, value: Any) -> Any:
+        if isinstance(value, str) and is_url(value):
+            raise ValueError("results are written to a folder here, not to a URL; copy them there afterwards")
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -314,6 +354,33 @@ SECTION_OF = {
 }
 
 
+def is_url(text: str) -> bool:
+    """Whether a store is named by a URL, ``s3://bucket/NAME.zarr``, and not by a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(::.+)?://", text) is not None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """``"anon=true"`` as a name and a value: JSON where it is that, else text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"{text!r} is no storage option; write NAME=VALUE, such as anon=true")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value
+
+
+def _secrets(options: Mapping[str, Any], above: str = "") -> list[str]:
+    """Names of options, at any depth, that look like credentials."""
+    found = []
+    for name, value in options.items():
+        if _SECRET.search(str(name)) or re.search("://[^/]*@", str(value)):
+            found.append(above + str(name))
+        elif isinstance(value, Mapping):
+            found += _secrets(value, f"{above}{name}.")
+    return found
+
+
 def parse_region(text: str) -> Region:
     """``"Y0:Y1,X0:X1"`` as four integers (y0, y1, x0, x1); ValueError if it is not of that form."""
     try:
@@ -377,6 +444,8 @@ def _explain(err: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        elif item["loc"][0] in ("store", "storage_options"):  # may hold a password, not to be repeated
+            lines.append(f"setting {key!r}: {item['msg']}")
         else:
             lines.append(f"setting {key!r} is {item['input']!r}: {item['msg']}")
     return "; ".join(dict.fromkeys(lines))

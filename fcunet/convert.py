@@ -23,6 +23,7 @@ from .layout import BlockGrid, Layout, pair, plan_layout
 from .provenance import fingerprint, provenance
 from .readers.base import Axis, Scan, Source
 from .readers.detect import open_source
+from .remote import local
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def convert(
     Calibration is carried over in nm and 1/angstrom, or left missing (units ``px``) and reported. Where the
     file has no zero of q, q counts from the middle of the detector; the beam's own centre is measured later.
     """
-    dest = Path(dest)
+    source = local(source, "files are converted from a disk here; download it first")
+    dest = local(dest, "datacubes are written here only; give a folder, and copy it there when done")
     if dest.exists() and not (overwrite or dry_run):
         raise FileExistsError(f"{dest} exists; choose another name, or replace it with --overwrite")
     opened = open_source(

@@ -18,6 +18,7 @@ import zarr
 from . import schema
 from .layout import BlockGrid, Layout, check_blocks, inner_chunk, pair, plan_layout
 from .provenance import to_json
+from .remote import Place, Remote, is_transport, local, place
 from .zarrfolder import (
     COUNT_CODEC,
     block_shape_of,
@@ -28,6 +29,7 @@ from .zarrfolder import (
     replace_folder,
     root_attrs,
     stamp,
+    zarr_location,
 )
 
 # without this, a shard of zeros would leave no file, and could not be told from one never written or lost
@@ -39,7 +41,7 @@ class DamagedBlockError(ValueError):
     """A block of a store that is missing or does not decode."""
 
 
-def block_grid(source: str | Path | xr.Dataset | xr.DataArray) -> BlockGrid:
+def block_grid(source: str | Place | xr.Dataset | xr.DataArray) -> BlockGrid:
     """Blocks of a datacube or peaks store, or of an opened dataset.
 
     Raises
@@ -47,7 +49,7 @@ def block_grid(source: str | Path | xr.Dataset | xr.DataArray) -> BlockGrid:
     ValueError
         If an opened dataset is not cut into regular blocks of whole patterns; the message has the call.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | Remote):
         for name in ("intensity", "n_peaks"):
             if has_array(source, name):
                 stored = open_array(source, name)
@@ -59,15 +61,20 @@ def block_grid(source: str | Path | xr.Dataset | xr.DataArray) -> BlockGrid:
     return BlockGrid(pair(array.shape), pair(block_shape))
 
 
-def open_datacube(path: str | Path, *, check: bool = True) -> xr.Dataset:
+def open_datacube(
+    path: str | Place, *, check: bool = True, storage_options: Mapping[str, Any] | None = None
+) -> xr.Dataset:
     """Open a datacube lazily: `intensity` as Dask blocks that are its shards, everything else in memory.
 
     Parameters
     ----------
-    path : path
-        Of a ``NAME.zarr`` datacube. One in Zarr format 2 is read too; its blocks are its chunks.
+    path : path or URL
+        Of a ``NAME.zarr`` datacube. One in Zarr format 2 is read too; its blocks are its chunks. A URL, such
+        as ``"s3://bucket/NAME.zarr"`` or ``"https://host/NAME.zarr"``, is read through fsspec.
     check : bool
         Check format, version and schema.
+    storage_options : mapping, optional
+        Of a URL, for fsspec: ``{"anon": True}``, ``{"endpoint_url": ...}``. Dask workers get them too.
 
     Returns
     -------
@@ -81,8 +88,10 @@ def open_datacube(path: str | Path, *, check: bool = True) -> xr.Dataset:
         If there is no such store.
     ValueError
         If it is no datacube, was written by a newer fcunet, or its chunks split the detector.
+    ConnectionError, PermissionError, ImportError
+        If a URL cannot be reached, may not be read, or its protocol needs another package.
     """
-    path = existing(path)
+    path = existing(place(path, storage_options))
     attrs = root_attrs(path)
     if check:
         schema.check_format(attrs, "datacube", str(path))
@@ -97,12 +106,7 @@ def open_datacube(path: str | Path, *, check: bool = True) -> xr.Dataset:
             f"{path} splits each pattern of {cube.shape[2:]} px into chunks of {tuple(pattern)}, but one "
             f"pattern must lie in one chunk; write it anew: fcunet convert {path} OUT.zarr"
         )
-    dataset = xr.open_zarr(
-        path, chunks=None, consolidated=False, mask_and_scale=False, drop_variables="intensity"
-    )
-    dataset = dataset.assign(
-        {name: dataset[name].load() for name in schema.DATACUBE if name in dataset}
-    ).copy()
+    dataset = _small_variables(path)
     blocks = tuple(min(b, n) for b, n in zip((by, bx), cube.shape[:2], strict=True))
     intensity = da.from_array(
         cube, chunks=(*blocks, *cube.shape[2:]), meta=np.empty((0,) * 4, cube.dtype), inline_array=True
@@ -118,15 +122,42 @@ def open_datacube(path: str | Path, *, check: bool = True) -> xr.Dataset:
     return dataset
 
 
-def open_truth(path: str | Path) -> xr.Dataset | None:
-    """The true strain of a simulated datacube (its group ``/truth``), in memory; None for measured data."""
+def _small_variables(path: Place) -> xr.Dataset:
+    """All but `intensity`: known names at a URL, where folders may not be listed; else whatever is there."""
+    if not isinstance(path, Remote):
+        dataset = xr.open_zarr(
+            path, chunks=None, consolidated=False, mask_and_scale=False, drop_variables="intensity"
+        )
+        return dataset.assign({n: dataset[n].load() for n in schema.DATACUBE if n in dataset}).copy()
+    path.check_ranges("intensity/zarr.json" if path.has("intensity/zarr.json") else "intensity/.zarray")
+    names = [*(n for n in schema.DATACUBE if n != "intensity"), *schema.DATACUBE_DIMS]
+    found = path.read_all(f"{name}/{meta}" for name in names for meta in ("zarr.json", ".zarray"))
+    dataset = xr.Dataset()
+    for name in dict.fromkeys(key.split("/")[0] for key in found):
+        array = zarr.open_array(zarr_location(path), path=name, mode="r")
+        attrs = dict(array.attrs)
+        dims = attrs.pop("_ARRAY_DIMENSIONS", None) or array.metadata.dimension_names  # type: ignore[union-attr]
+        dataset[name] = (dims, np.asarray(array[...]), attrs)
+    return dataset
+
+
+def open_truth(path: str | Place) -> xr.Dataset | None:
+    """The true strain of a simulated datacube (its group ``/truth``), in memory; None for measured data.
+
+    Also None at a URL whose server does not list folders.
+    """
     path = existing(path)
+    if isinstance(path, Remote):
+        if not path.has("truth/zarr.json"):
+            return None
+        truth = xr.open_zarr(zarr_location(path), group="truth", chunks=None, consolidated=False).load()
+        return truth if truth.variables else None
     if not (path / "truth" / "zarr.json").exists():
         return None
     return xr.open_zarr(path, group="truth", chunks=None, consolidated=False).load()
 
 
-def read_block(path: str | Path, iy: int, ix: int) -> np.ndarray:
+def read_block(path: str | Place, iy: int, ix: int) -> np.ndarray:
     """Patterns of block (iy, ix), shape (by, bx, qy, qx), in the stored dtype; fewer at the far edges.
 
     The open array is kept for the life of the process, so a call costs the reading only.
@@ -136,20 +167,20 @@ def read_block(path: str | Path, iy: int, ix: int) -> np.ndarray:
     DamagedBlockError
         If the shard is missing or does not decode; block and file are named.
     """
-    cube = _Cube(Path(path))
+    cube = _Cube(place(path))
     return cube[BlockGrid(pair(cube.shape), pair(cube.block_shape)).slices(iy, ix)]
 
 
-def read_region(path: str | Path, ys: slice, xs: slice) -> np.ndarray:
+def read_region(path: str | Place, ys: slice, xs: slice) -> np.ndarray:
     """Patterns of any scan region, shape (y, x, qy, qx), in the stored dtype; errors as in `read_block`."""
-    return _Cube(Path(path))[ys, xs]
+    return _Cube(place(path))[ys, xs]
 
 
 class _Cube:
-    """The stored `intensity` as Dask reads it: a path when pickled; errors name block and file."""
+    """The stored `intensity` as Dask reads it: a path or URL when pickled; errors name block and file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.abspath(path))
+    def __init__(self, path: Place) -> None:
+        self.path = path if isinstance(path, Remote) else Path(os.path.abspath(path))
         array = self._array
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
         self.block_shape = block_shape_of(array)
@@ -162,7 +193,14 @@ class _Cube:
 
     @property
     def _array(self) -> zarr.Array:
-        return open_array(self.path, "intensity")
+        if not isinstance(self.path, Remote):
+            return open_array(self.path, "intensity")
+        if "_opened" not in self.__dict__:  # asking for the metadata each time would cost a round trip
+            self._opened = open_array(self.path, "intensity")
+        return self._opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def __dask_tokenize__(self) -> tuple[str, int]:
         return str(self.path), stamp(self.path, "intensity")
@@ -171,12 +209,14 @@ class _Cube:
         key = key if isinstance(key, tuple) else (key,)
         shards = self._shards(key)
         for shard, file in shards.items() if self._every_shard else ():
-            if not file.exists():
+            if not self._has(file):
                 raise DamagedBlockError(self._message(shard, file, "the file is missing"))
         try:
             basic = all(isinstance(k, int | np.integer | slice) for k in key)
             return np.asarray(self._array[key] if basic else self._array.oindex[key])
         except Exception as err:  # codecs raise whatever their library raises
+            if isinstance(self.path, Remote) and is_transport(err):
+                raise self.path.explain(err) from err
             for shard, file in shards.items():
                 try:
                     self._array[
@@ -190,20 +230,24 @@ class _Cube:
                     ) from err
             raise
 
-    def _shards(self, key: tuple[Any, ...]) -> dict[tuple[int, int], Path]:
+    def _has(self, file: str) -> bool:
+        return self.path.has(file) if isinstance(self.path, Remote) else (self.path / file).exists()
+
+    def _shards(self, key: tuple[Any, ...]) -> dict[tuple[int, int], str]:
         """Index and file of each block that `key` touches."""
         touched = []
         for n, b, k in zip(self.shape[:2], self.block_shape, (*key, slice(None), slice(None)), strict=False):
             touched.append(np.unique(np.atleast_1d(np.arange(n)[k]) // b))
         encode = self._array.metadata.encode_chunk_key
-        folder = self.path / "intensity"
         return {
-            (int(i), int(j)): folder / encode((int(i), int(j), 0, 0)) for i in touched[0] for j in touched[1]
+            (int(i), int(j)): "intensity/" + encode((int(i), int(j), 0, 0))
+            for i in touched[0]
+            for j in touched[1]
         }
 
-    def _message(self, shard: tuple[int, int], file: Path, why: str) -> str:
+    def _message(self, shard: tuple[int, int], file: str, why: str) -> str:
         return (
-            f"block {shard} of {self.path.name} cannot be read from {file.relative_to(self.path)}: {why}; "
+            f"block {shard} of {self.path.name} cannot be read from {file}: {why}; "
             "restore it from a backup, or convert the scan anew: fcunet convert INPUT OUTPUT.zarr --overwrite"
         )
 
@@ -254,6 +298,7 @@ class DatacubeWriter:
         layout: Layout | None = None,
         overwrite: bool = False,
     ) -> None:
+        path = local(path, "datacubes are written here only; give a folder, and copy it there when done")
         self.path = Path(os.path.abspath(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.dtype = np.dtype(dtype).newbyteorder("=")

@@ -5,9 +5,10 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .checks import Check, guarded
@@ -21,14 +22,19 @@ def examine() -> list[Check]:
     return [guarded(name, check) for name, check in _CHECKS.items()]
 
 
-def examine_scan(store: str | os.PathLike[str], cluster: str | None = None) -> list[Check]:
+def examine_scan(
+    store: str | os.PathLike[str],
+    cluster: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[Check]:
     """What a run over a datacube would take here or on `cluster`, and whether it fits: a ten-second trial."""
     from .config import Config
     from .predict import predict
 
     def look() -> Check:
-        where = {} if cluster is None else {"cluster": cluster}
-        predicted = predict(Config.load(store=store, **where))
+        where: dict[str, Any] = {} if cluster is None else {"cluster": cluster}
+        config = Config.load(store=store, storage_options=dict(storage_options or {}), **where)
+        predicted = predict(config)
         text = "; ".join(" ".join(line.split()) for line in predicted.lines())
         return Check("run", not predicted.problems, text, "; ".join(predicted.problems))
 

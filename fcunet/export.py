@@ -16,6 +16,7 @@ import xarray as xr
 from . import schema
 from .emd import py4dstem_strain, write_emd
 from .provenance import to_json
+from .remote import Remote, place
 from .store import open_datacube, open_peaks, open_results
 from .zarrfolder import replace_folder, root_attrs
 
@@ -36,7 +37,7 @@ def export(
     Parameters
     ----------
     source : DataTree, Dataset or path
-        Results, peaks, a run directory with both, or a datacube.
+        Results, peaks, a run directory with both, or a datacube, which may be at a URL.
     path : path
         File to write; its folder must exist.
     to : str
@@ -120,7 +121,9 @@ def _contents(
             return source, None, None
         schema.check_peaks(source)
         return None, source, None
-    folder = Path(source)
+    folder = place(source)
+    if isinstance(folder, Remote):
+        return open_datacube(folder), None, None
     if (folder / "zarr.json").is_file() and root_attrs(folder).get("fcunet_format") == "datacube":
         return open_datacube(folder), None, None
     results = open_results(folder)

@@ -25,6 +25,7 @@ from .cluster import WorkerPlan, plan_workers
 from .config import Config, DetectionConfig
 from .layout import BlockGrid
 from .progress import duration
+from .remote import Place, Remote, place, scan_of
 
 MARGIN = 1.25  # the bound: what allocators and a busy machine may add to the measured peak
 _EFFICIENCY = 0.9  # of several workers side by side; docs/performance.md measures it
@@ -230,9 +231,8 @@ def predict(
     from .calibrate import calibrate
     from .store import open_region
 
-    if config.store is None:
-        raise ValueError("no datacube was given; name one: fcunet run SCAN.zarr --dry-run")
-    datacube, grid = open_region(config.store, config.region)
+    store = scan_of(config)
+    datacube, grid = open_region(store, config.region)
     intensity = datacube["intensity"]
     if workers is None:
         cluster = config.cluster
@@ -241,9 +241,7 @@ def predict(
         calibration = calibrate(datacube, **config.calibration.model_dump())
     out = Path(config.out) if config.out is not None else Path("runs")
     origin = (0, 0) if config.region is None else (config.region[0], config.region[2])
-    measured = measure_block(
-        config.store, grid, config.detection, calibration, origin=origin, seconds=seconds
-    )
+    measured = measure_block(store, grid, config.detection, calibration, origin=origin, seconds=seconds)
     return Prediction(
         measured=measured,
         workers=workers,
@@ -257,7 +255,7 @@ def predict(
 
 
 def measure_block(
-    store: str | Path,
+    store: str | Place,
     grid: BlockGrid,
     detection: DetectionConfig,
     calibration: Calibration,
@@ -281,7 +279,8 @@ def measure_block(
             arrays |= {"templates": calibration.templates, "template_index": calibration.template_index}
         np.savez(Path(folder, "probe.npz"), **arrays)  # type: ignore[arg-type]
         request = {
-            "store": str(Path(store).resolve()),
+            "store": str(store) if isinstance(store, Remote) else str(Path(store).resolve()),
+            "storage_options": store.options if isinstance(store, Remote) else {},
             "block_shape": block_shape,
             "origin": list(origin),
             "detection": detection.model_dump(mode="json"),
@@ -331,13 +330,14 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     (by, bx), (y0, x0) = request["block_shape"], request["origin"]
     cuda = pick_device(detection.device).type == "cuda"
     memory.KEEP_FREED = False  # what lies kept for later depends on chance, and is not in hand
-    one = read_region(request["store"], slice(y0, y0 + 1), slice(x0, x0 + 1))
+    store = place(request["store"], request["storage_options"])
+    one = read_region(store, slice(y0, y0 + 1), slice(x0, x0 + 1))
     process_block(one, detection, calibration)  # loads weights and libraries
     base = rss()
     reset_peak_rss()
 
     start = time.perf_counter()
-    chunk = read_region(request["store"], slice(y0, y0 + by), slice(x0, x0 + bx))
+    chunk = read_region(store, slice(y0, y0 + by), slice(x0, x0 + bx))
     read_s = (time.perf_counter() - start) / (by * bx)
     rows = by if cuda else max(1, -(-64 // bx))  # a GPU needs large batches, and is done soon
     process_block(chunk[:rows], detection, calibration)

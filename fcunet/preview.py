@@ -20,6 +20,7 @@ from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .kernels.beam import aligned_mean
 from .pipeline import fit_lattice
+from .remote import Place
 from .sample import Sample, read_sample
 from .session import write_bytes
 from .store import open_datacube
@@ -66,7 +67,7 @@ class _Found:
 
 
 def preview(
-    store: str | Path | xr.Dataset,
+    store: str | Place | xr.Dataset,
     *,
     positions: Sequence[tuple[int, int]] | None = None,
     n: int = 6,
@@ -77,7 +78,7 @@ def preview(
 
     Parameters
     ----------
-    store : path or Dataset
+    store : path, URL or Dataset
         The datacube.
     positions : sequence of (scan_y, scan_x), optional
         Which patterns to show; default some spread over the scan.

@@ -4,22 +4,25 @@ Everything is flat and JSON-safe, without absolute paths or user names.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import zarr
 
 import fcunet
 
 from . import schema
+from .remote import Place, Remote, place
 
 _PACKAGES = ("torch", "numpy", "xarray", "zarr", "dask")
 _HEAD = 2**20
@@ -87,19 +90,43 @@ def fingerprint(path: str | Path) -> str:
     return f"{size}-{digest.hexdigest()[:16]}"
 
 
-def input_fingerprint(store: str | Path) -> str:
+def input_fingerprint(store: str | Place) -> str:
     """Identity of a datacube in milliseconds: of its metadata, vacuum probe and mask, not of its shards.
 
     So a damaged shard can be put back and the run continued; whether patterns are the same, it does not tell.
+    A copy of the store at a URL has the same fingerprint.
     """
+    store = place(store)
     digest = hashlib.sha256()
     for name in ("", "intensity", *sorted(set(schema.DATACUBE) - {"intensity"})):
-        folder = Path(store, name)
-        whole = folder.is_dir() and name not in ("", "intensity")
-        for file in sorted(folder.rglob("*") if whole else folder.glob("*")):
-            if file.is_file() and (whole or file.name in ("zarr.json", ".zattrs", ".zgroup", ".zarray")):
-                digest.update(f"{name}/{file.name}\n".encode() + file.read_bytes())
+        whole = name not in ("", "intensity")
+        files = _files_at(store, name, whole) if isinstance(store, Remote) else _files_in(store / name, whole)
+        for file, content in files:
+            digest.update(f"{name}/{file}\n".encode() + content)
     return digest.hexdigest()[:16]
+
+
+_METADATA = (".zarray", ".zattrs", ".zgroup", "zarr.json")
+
+
+def _files_in(folder: Path, whole: bool) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the metadata files in a folder, or of all below it."""
+    for file in sorted(folder.rglob("*") if whole else folder.glob("*")) if folder.is_dir() else ():
+        if file.is_file() and (whole or file.name in _METADATA):
+            yield file.name, file.read_bytes()
+
+
+def _files_at(store: Remote, name: str, whole: bool) -> Iterator[tuple[str, bytes]]:
+    """The same at a URL, where folders may not be listed: chunks are known from the metadata."""
+    prefix = f"{name}/" if name else ""
+    found = store.read_all(prefix + file for file in _METADATA)
+    if whole and (f"{prefix}zarr.json" in found or f"{prefix}.zarray" in found):
+        array = zarr.open_array(store.zarr_store(), path=name, mode="r")
+        counts = (-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True))
+        chunks = itertools.product(*map(range, counts))
+        found |= store.read_all(prefix + array.metadata.encode_chunk_key(chunk) for chunk in chunks)
+    for key in sorted(found, key=PurePosixPath):
+        yield PurePosixPath(key).name, found[key]
 
 
 def _plain(value: Any) -> Any:

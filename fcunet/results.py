@@ -227,7 +227,7 @@ def _no_lattice(peaks: xr.Dataset) -> xr.Dataset:
 
 def public_settings(config: Config) -> dict[str, Any]:
     """The settings that shape the results: no paths, no machine."""
-    settings = json.loads(config.model_dump_json(exclude={"store", "out", "cluster"}))
+    settings = json.loads(config.model_dump_json(exclude={"store", "storage_options", "out", "cluster"}))
     settings["detection"]["weights"] = Path(settings["detection"]["weights"]).name
     return settings
 

@@ -49,6 +49,7 @@ from .nn.weights import resolve_weights, shared_dilation_std, training_facts
 from .pipeline import INTENSITY_ATTRS
 from .progress import Progress, duration
 from .provenance import input_fingerprint, provenance
+from .remote import Place, Remote, scan_of
 from .results import analyse, public_settings
 from .second import FOLDER as SECOND
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
@@ -98,7 +99,7 @@ class _Run:
     """What is known about a run before its first block."""
 
     config: Config
-    store: Path
+    store: Place
     out: Path
     datacube: xr.Dataset  # the region to process, lazy
     grid: BlockGrid
@@ -294,20 +295,16 @@ def _write_report(out: Path) -> Path:
 
 def _plan(config: Config) -> _Run:
     """Everything that can be checked before anything is written."""
-    if config.store is None:
-        raise ValueError(
-            "no datacube was given; name one: fcunet run SCAN.zarr, or Config(store='SCAN.zarr')"
-        )
+    store = scan_of(config)
     if config.second.second_opinion == config.detection.method:
         raise ValueError(
             f"the second opinion is {config.detection.method}, as the first method; ask another one: "
             "--second-opinion correlation, cepstral or fcunet"
         )
-    store = Path(config.store)
     datacube, grid = open_region(store, config.region)
     weights, sha256 = resolve_weights(config.detection.weights) if _uses_network(config) else (None, "")
     out = Path(config.out) if config.out is not None else Path("runs") / store.name.removesuffix(".zarr")
-    if out.resolve() == store.resolve():
+    if not isinstance(store, Remote) and out.resolve() == store.resolve():
         raise ValueError(
             f"the run directory is the datacube itself; give another one: --out runs/{store.stem}"
         )
@@ -450,7 +447,7 @@ def _run_blocks(
     stop: threading.Event,
 ) -> dict[str, Any]:
     job = TileJob(
-        store=str(plan.store.resolve()),
+        store=plan.store if isinstance(plan.store, Remote) else str(plan.store.resolve()),
         peaks=str(plan.peaks.resolve()),
         origin=plan.origin,
         detection=plan.config.detection.model_copy(

@@ -37,6 +37,7 @@ from .datacube import (
 )
 from .layout import BlockGrid, Layout, check_blocks, plan_layout
 from .provenance import to_json
+from .remote import Place, Remote, local, place
 from .zarrfolder import FLOAT_CODEC, existing, has_array, open_array, put_array, replace_folder, root_attrs
 
 _ = accessor  # importing it puts .fcunet on datasets and trees
@@ -66,11 +67,12 @@ __all__ = [
     "write_results",
 ]
 
+_RUNS_ARE_HERE = "only datacubes are read from there; copy the run directory to this machine first"
 _PEAK_DTYPES = {"f": np.float32, "b": bool, "iu": np.int16}
 
 
 def open_region(
-    path: str | Path, region: tuple[int, int, int, int] | None = None
+    path: str | Place, region: tuple[int, int, int, int] | None = None
 ) -> tuple[xr.Dataset, BlockGrid]:
     """A datacube, lazy, or the part of it with rows y0 to y1 and columns x0 to x1, and the blocks of a run.
 
@@ -169,7 +171,7 @@ def create_peaks(
     return path
 
 
-def open_peaks(path: str | Path) -> xr.Dataset:
+def open_peaks(path: str | Place) -> xr.Dataset:
     """Open a peaks store lazily: Dask blocks are the datacube's scan blocks, `status` is in memory.
 
     Blocks not done yet read as NaN, with `n_peaks` 0; `status` tells them apart from empty patterns.
@@ -179,7 +181,7 @@ def open_peaks(path: str | Path) -> xr.Dataset:
     FileNotFoundError, ValueError
         If there is no such store, or it is none of ours, or a newer one.
     """
-    path = existing(path)
+    path = existing(local(path, _RUNS_ARE_HERE))
     schema.check_format(root_attrs(path), "peaks", str(path))
     grid = block_grid(path)
     chunks = {
@@ -300,7 +302,7 @@ def write_results(path: str | Path, tree: xr.DataTree) -> Path:
 _STORES_OF_A_RUN = ("peaks.zarr", "strain.zarr")
 
 
-def open_results(path: str | Path) -> xr.DataTree:
+def open_results(path: str | Place) -> xr.DataTree:
     """Open the results of a run lazily, given its folder or one of the stores in it.
 
     Raises
@@ -308,7 +310,7 @@ def open_results(path: str | Path) -> xr.DataTree:
     FileNotFoundError, ValueError
         If there are no results, or they are none of ours, or newer ones.
     """
-    path = Path(path)
+    path = local(path, _RUNS_ARE_HERE)
     folder = path.parent if path.name in _STORES_OF_A_RUN else path
     if path.name in _STORES_OF_A_RUN or not (path / "zarr.json").exists():
         path = folder / "strain.zarr"
@@ -341,16 +343,19 @@ def _why_no_results(folder: Path) -> str:
     return f"there are no results in {folder} yet; make them with: fcunet run STORE.zarr --out {folder}"
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Place, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a datacube, peaks store, results or run folder holds, as a flat mapping for ``fcunet info``.
+
+    At a URL only a datacube is read.
 
     Raises
     ------
     FileNotFoundError, ValueError
         If there is nothing of ours at `path`.
     """
-    path = Path(path)
-    if path.is_dir() and not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+    path = place(path, storage_options)
+    markers = ("zarr.json", ".zgroup")
+    if isinstance(path, Path) and path.is_dir() and not any((path / name).exists() for name in markers):
         held = [name for name in ("peaks.zarr", "strain.zarr") if (path / name).is_dir()]
         if not held:
             raise ValueError(
@@ -379,14 +384,15 @@ def describe(path: str | Path) -> dict[str, Any]:
     else:
         datacube, grid = open_datacube(path), block_grid(path)
         intensity = datacube["intensity"]
-        stored = sum(file.stat().st_size for file in (path / "intensity").rglob("*") if file.is_file())
+        stored = _stored_bytes(path)
         facts |= {
             "scan": "{} x {}".format(*grid.scan_shape),
             "detector": "{} x {}".format(*intensity.shape[2:]),
         }
         facts |= {
             "dtype": str(intensity.dtype),
-            "size": f"{intensity.nbytes / 1e9:.3g} GB, {stored / 1e9:.3g} GB on disk",
+            "size": f"{intensity.nbytes / 1e9:.3g} GB"
+            + (f", {stored / 1e9:.3g} GB stored" if stored is not None else ""),
         }
         facts["blocks"] = f"{len(grid)} of {grid.block_shape[0]} x {grid.block_shape[1]} patterns"
         facts |= _axes(datacube, schema.DATACUBE_DIMS)
@@ -398,6 +404,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if v is not None} | {
         k: v for k, v in attrs.items() if k != "fcunet_format"
     }
+
+
+def _stored_bytes(path: Place) -> int | None:
+    """Compressed size of the patterns; None where that cannot be known."""
+    if isinstance(path, Remote):
+        return path.stored_bytes()
+    return sum(file.stat().st_size for file in (path / "intensity").rglob("*") if file.is_file())
 
 
 def _axes(dataset: xr.Dataset, dims: tuple[str, ...]) -> dict[str, str]:

@@ -37,6 +37,7 @@ from .datacube import read_region
 from .kernels.descan import surface_at
 from .layout import BlockGrid
 from .memory import peak_rss
+from .remote import Remote
 from .store import block_grid, load_calibration, read_status, set_status, write_peaks_block
 from .thumbnails import ProvisionalBasis, thumbnails
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
@@ -63,8 +64,8 @@ class TileJob:
 
     Attributes
     ----------
-    store, peaks : str
-        Paths of the datacube and of the peaks store, as the workers see them.
+    store, peaks : str, or Remote for a datacube at a URL
+        Paths of the datacube and of the peaks store, as the workers see them; the datacube may be at a URL.
     origin : tuple of int
         First row and column of the scan region.
     detection : DetectionConfig
@@ -76,7 +77,7 @@ class TileJob:
         What the strain of the live map is computed with, once it is known; no result depends on it.
     """
 
-    store: str
+    store: str | Remote
     peaks: str
     origin: tuple[int, int]
     detection: DetectionConfig
@@ -447,13 +448,28 @@ def origin_of_block(calibration: Calibration, ys: slice, xs: slice) -> np.ndarra
 
 def _check_sight(job: TileJob) -> None:
     """A node that does not see the stores says so, and not that each block is damaged."""
+    if isinstance(job.store, Remote):
+        _check_url(job.store)
     for path in (job.store, job.peaks):
-        if not os.path.isdir(path):
+        if not isinstance(path, Remote) and not os.path.isdir(path):
             raise StorageError(
                 f"{_node()} does not see {path}; put the scan and the run directory (--out) on a file system "
                 "that all nodes share, or keep away from that node (job-extra-directives: --exclude=NODE); "
                 "then the same command continues"
             )
+
+
+def _check_url(store: Remote) -> None:
+    """A node that does not reach the scan, has no credentials, or lacks a package, says so."""
+    try:
+        reason = None if store.exists() else "there is no Zarr store"
+    except (OSError, ImportError) as err:
+        reason = str(err)
+    if reason is not None:
+        raise StorageError(
+            f"{_node()} cannot read {store}: {reason}. Every worker reads the scan by itself, with the "
+            "network, packages and credentials of its own node; then the same command continues"
+        )
 
 
 @contextlib.contextmanager

@@ -10,37 +10,39 @@ import xarray as xr
 
 from .config import Config
 from .provenance import input_fingerprint
+from .remote import Place, scan_of
 from .store import open_datacube
 
 logger = logging.getLogger(__name__)
 
 
-def find_scan(folder: Path | None, tree: xr.DataTree) -> tuple[Path, xr.Dataset] | None:
+def find_scan(folder: Path | None, tree: xr.DataTree) -> tuple[Place, xr.Dataset] | None:
     """Path and datacube of the scan behind the results `tree`, cut to the region of the run.
 
     None if no place holds a scan of that shape and fingerprint.
     """
     for path in places(folder):
-        if not path.exists():
-            continue
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ImportError):
+            if not path.exists():
+                continue
             part = cut_to_region(tree, open_datacube(path, check=False))
             if part is not None and same_scan(tree.attrs, path):
                 return path, part
     return None
 
 
-def places(folder: Path | None) -> list[Path]:
+def places(folder: Path | None) -> list[Place]:
     """Where the scan of a run may be: as the run was told, or under its name in or near the run directory."""
     if folder is None or not (folder / "config.yaml").is_file():
         return []
     try:
-        store = Config.load(folder / "config.yaml").store
+        config = Config.load(folder / "config.yaml")
     except ValueError as err:
         logger.info("config.yaml cannot be read: %s", err)
         return []
-    if store is None:
+    if config.store is None:
         return []
+    store = scan_of(config)
     near = [base / store.name for base in (folder, *list(folder.resolve().parents)[:3])]
     return [store, *near]
 
@@ -56,7 +58,7 @@ def cut_to_region(tree: xr.DataTree, datacube: xr.Dataset) -> xr.Dataset | None:
     return datacube if same else None
 
 
-def same_scan(attrs: Mapping[Any, Any], path: Path) -> bool:
+def same_scan(attrs: Mapping[Any, Any], path: Place) -> bool:
     """The fingerprint agrees, if there is one."""
     known = attrs.get("input_fingerprint")
     return not known or input_fingerprint(path) == known

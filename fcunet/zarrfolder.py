@@ -1,26 +1,42 @@
-"""Zarr folders: open them with handles kept per process, add arrays, put a finished one in its place."""
+"""Zarr stores: open them with handles kept per process, add arrays, put a finished folder in its place."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
 from .provenance import to_json
+from .remote import Place, Remote, place
 
 # counts: bit planes above the largest count are zeros and cost nothing; floats: sorted by byte
 COUNT_CODEC = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 FLOAT_CODEC = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
 
 
-def existing(path: str | Path) -> Path:
+_ARRAY_METADATA = ("zarr.json", ".zarray")
+
+
+@overload
+def existing(path: Path) -> Path: ...
+@overload
+def existing(path: str | Place) -> Place: ...
+def existing(path: str | Place) -> Place:
     """`path`, if it is a Zarr store; FileNotFoundError or ValueError with what to do if not."""
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, Remote):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no Zarr store at {path}: neither zarr.json nor .zgroup is there; check the name, "
+                "and that the whole folder NAME.zarr was copied there"
+            )
+        return path
     if not path.exists():
         hint = ""
         if path.with_name(path.name + ".partial").exists():
@@ -31,21 +47,33 @@ def existing(path: str | Path) -> Path:
     return path
 
 
-def root_attrs(path: Path) -> dict[str, Any]:
-    return dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+def zarr_location(path: Place) -> Any:
+    """What Zarr and xarray are told to open."""
+    return path.zarr_store() if isinstance(path, Remote) else path
 
 
-def has_array(path: str | Path, name: str) -> bool:
-    return any(Path(path, name, meta).exists() for meta in ("zarr.json", ".zarray"))
+def root_attrs(path: Place) -> dict[str, Any]:
+    return dict(zarr.open_group(zarr_location(path), mode="r", use_consolidated=False).attrs)
+
+
+def has_array(path: str | Place, name: str) -> bool:
+    path = place(path)
+    if isinstance(path, Remote):
+        return any(path.has(f"{name}/{meta}") for meta in _ARRAY_METADATA)
+    return any((path / name / meta).exists() for meta in _ARRAY_METADATA)
 
 
 def block_shape_of(array: zarr.Array) -> tuple[int, ...]:
     return array.shards or array.chunks
 
 
-def stamp(path: Path, name: str) -> int:
+def stamp(path: Place, name: str) -> int:
     """Changes when the array is written anew: part of the key of cached handles."""
-    for meta in ("zarr.json", ".zarray"):
+    for meta in _ARRAY_METADATA:
+        if isinstance(path, Remote):
+            if (text := path.read(f"{name}/{meta}")) is None:
+                continue
+            return int.from_bytes(hashlib.sha256(text).digest()[:8])
         try:
             stat = (path / name / meta).stat()
         except FileNotFoundError:
@@ -54,15 +82,17 @@ def stamp(path: Path, name: str) -> int:
     raise FileNotFoundError(f"there is no array {name!r} in {path}")
 
 
-def open_array(path: str | Path, name: str, mode: Any = "r") -> zarr.Array:
+def open_array(path: str | Place, name: str, mode: Any = "r") -> zarr.Array:
     """An array of a store, kept open for the life of the process."""
-    path = Path(os.path.abspath(path))
+    path = place(path)
+    if not isinstance(path, Remote):
+        path = Path(os.path.abspath(path))
     return _open_array_cached(path, name, mode, stamp(path, name))
 
 
 @lru_cache(maxsize=256)
-def _open_array_cached(path: Path, name: str, mode: Any, _stamp: int) -> zarr.Array:
-    return zarr.open_array(path / name, mode=mode)
+def _open_array_cached(path: Place, name: str, mode: Any, _stamp: int) -> zarr.Array:
+    return zarr.open_array(zarr_location(path), path=name, mode=mode)
 
 
 def put_array(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fcunet
 from fcunet.config import Config
+from fcunet.remote import scan_of
 from fcunet.runner import RunStopped, plan, rewrite_report, run
 
 
@@ -20,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("store", type=Path, help="datacube, NAME.zarr (make one with: fcunet convert)")
+    parser.add_argument("store", help="datacube, NAME.zarr, or its URL (make one with: fcunet convert)")
     parser.add_argument("--out", type=Path, help="run directory [runs/NAME]")
     parser.add_argument("--config", type=Path, help="YAML file of settings, see workflows/configs")
     parser.add_argument("--method", default="fcunet", choices=["fcunet", "correlation"])
@@ -58,7 +59,7 @@ def main() -> int:
         print(f"  {name:8}  mean {mean:+.2e}, spread {spread:.2e}, error bar {error:.1e}")
 
     # Change what follows, or do it in a notebook: everything is on disk.
-    print(f"  report    {rewrite_report(Path(config.out or Path('runs') / config.store.stem))}")
+    print(f"  report    {rewrite_report(Path(config.out or Path('runs') / scan_of(config).stem))}")
     return 1 if results.attrs["n_blocks_failed"] else 0
 
 

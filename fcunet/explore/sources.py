@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import schema
 from ..calibration import Calibration
+from ..remote import Place, place
 from ..store import load_calibration, open_datacube, open_peaks, open_results
 from ..whereabouts import cut_to_region, find_scan, places, same_scan
 
@@ -39,7 +40,7 @@ class Sources:
 
     tree: xr.DataTree
     folder: Path | None = None
-    scan: Path | None = None
+    scan: Place | None = None
     peaks: xr.Dataset | None = None
     datacube: xr.Dataset | None = None
     calibration: Calibration | None = None
@@ -104,14 +105,14 @@ class Sources:
         return values[:2], values[2:].reshape(2, 2), covariance
 
 
-def find_sources(results: str | Path | xr.DataTree, scan: str | Path | xr.Dataset | None = None) -> Sources:
+def find_sources(results: str | Path | xr.DataTree, scan: str | Place | xr.Dataset | None = None) -> Sources:
     """Everything that can be found of a result.
 
     Parameters
     ----------
     results : path or DataTree
         Run directory, its ``strain.zarr``, or the tree of `fcunet.open_results`.
-    scan : path or Dataset, optional
+    scan : path, URL or Dataset, optional
         The datacube; default is where the run found it, or beside the run directory under the same name.
 
     Raises
@@ -157,7 +158,7 @@ def _calibration(peaks: Path) -> Calibration | None:
     return load_calibration(peaks) if (peaks / "calibration").is_dir() else None
 
 
-def _find_datacube(found: Sources, scan: str | Path | xr.Dataset | None) -> None:
+def _find_datacube(found: Sources, scan: str | Place | xr.Dataset | None) -> None:
     if isinstance(scan, xr.Dataset):
         found.datacube = cut_to_region(found.tree, scan)
         if found.datacube is None:
@@ -167,8 +168,9 @@ def _find_datacube(found: Sources, scan: str | Path | xr.Dataset | None) -> None
             )
         return
     if scan is not None:
-        found.datacube, found.scan = cut_to_region(found.tree, open_datacube(scan)), Path(scan)
-        if found.datacube is None or not same_scan(found.tree.attrs, Path(scan)):
+        found.scan = place(scan)
+        found.datacube = cut_to_region(found.tree, open_datacube(found.scan))
+        if found.datacube is None or not same_scan(found.tree.attrs, found.scan):
             raise ValueError(f"{scan} is not the scan of these results; name the one they were made from")
         return
     known = find_scan(found.folder, found.tree)

@@ -11,6 +11,7 @@ import xarray as xr
 
 from .. import plot, schema
 from ..cepstral import in_real_space
+from ..remote import scan_of
 from ..schema import STRAIN_COMPONENTS
 from ..store import open_peaks
 from ..whereabouts import find_scan
@@ -190,7 +191,7 @@ def _detection(run: Run) -> str:
     known = find_scan(run.folder, run.tree)
     if known is None:
         return paragraph(
-            f"The scan is not where it was during the run (it was {run.config.store.name}): its patterns "
+            f"The scan is not where it was during the run (it was {scan_of(run.config).name}): its patterns "
             "cannot be shown.", "small"
         )  # fmt: skip
     datacube = known[1]
