@@ -1,14 +1,15 @@
 """A million patterns end to end, killed in the middle and continued: overhead, memory, equality.
 
-    python -m benchmarks.million            # 1024 x 1024 positions, about half an hour on two cores
+    python -m benchmarks.million            # 1024 x 1024 positions, a quarter of an hour on two idle cores
     python -m benchmarks.million --scan 128 --out /tmp/small
 
 The store has as many blocks as a real scan of that size, but few distinct shards: the others are links to
 them, so it fits any disk. Patterns are small and the detector is cheap (whole pixels), because what is
 measured here is everything around the detector; what the detectors take is the business of
-`benchmarks.speed`. The run is a process of its own, killed with SIGKILL at a third, and the same command is
-given again. Memory of the driver (the scheduler is part of it) and of every worker is sampled each second,
-from outside.
+`benchmarks.speed`. One per cent of the scan is done with the real ones as well, correlation with upsampled
+positions and the network, each in a run of its own. The run is a process of its own, killed with SIGKILL at a
+third, and the same command is given again. Memory of the driver (the scheduler is part of it) and of every
+worker is sampled each second, from outside.
 """
 
 import argparse
@@ -36,8 +37,12 @@ from fcunet.predict import predict
 from fcunet.store import load_calibration, open_peaks, read_status
 
 FRAME, RADIUS, SPACING, BLOCK, DISTINCT = 64, 3.0, 12.0, 32, 8
+REAL = {
+    "correlation": ["--method", "correlation", "--subpixel", "upsampled"],
+    "network": ["--method", "fcunet"],
+}
 HERE = Path(__file__).resolve().parent
-SETTINGS = ["--method", "correlation", "--subpixel", "pixel", "--max-num-peaks", "32", "--device", "cpu"]
+CHEAP = ["--method", "correlation", "--subpixel", "pixel", "--max-num-peaks", "32"]
 
 
 def build_store(path: Path, side: int) -> None:
@@ -86,11 +91,31 @@ class Sampler:
         return done
 
 
-def run_command(store: Path, out: Path, workers: int) -> list[str]:
+def run_command(store: Path, out: Path, workers: int, settings: list[str]) -> list[str]:
     """The command a user would type."""
     program = [sys.executable, "-c", "from fcunet.cli import main; main()", "run", str(store)]
-    program += ["--out", str(out)]
-    return [*program, "--workers", str(workers), "--dashboard-address", "127.0.0.1:0", *SETTINGS]
+    program += ["--out", str(out), "--workers", str(workers), "--dashboard-address", "127.0.0.1:0"]
+    return [*program, "--device", "cpu", *settings]
+
+
+def run_real(store: Path, folder: Path, side: int, workers: int) -> dict[str, dict]:
+    """One block in a hundred, in a row, with each of the real detectors: speed and memory."""
+    blocks = max(1, round((side // BLOCK) ** 2 / 100))
+    columns = min(blocks, side // BLOCK)
+    found = {}
+    for name, settings in REAL.items():
+        out = folder / f"{name}{side}"
+        shutil.rmtree(out, ignore_errors=True)
+        command = run_command(store, out, workers, settings)
+        command += ["--region", f"0:{BLOCK},0:{columns * BLOCK}"]
+        run_until(command, out, None, time.time())
+        summary = json.loads((out / "summary.json").read_text())
+        found[name] = {
+            "patterns": summary["patterns"],
+            "detect_ms_per_pattern": 1e3 * summary["worker_seconds"]["detect"] / summary["patterns"],
+            "peak_rss_worker": summary["peak_rss_worker"],
+        }
+    return found
 
 
 def run_until(command: list[str], out: Path, kill_at: int | None, start: float) -> tuple[list[dict], int]:
@@ -200,7 +225,7 @@ def main() -> None:
     print("\n".join(predicted.lines()), flush=True)
     total = (args.scan // BLOCK) ** 2
     start = time.time()
-    command = run_command(store, out, args.workers)
+    command = run_command(store, out, args.workers, CHEAP)
     before, done_at_kill = run_until(command, out, total // 3, start)
     print(f"killed with {done_at_kill} of {total} blocks done", flush=True)
     after, done = run_until(command, out, None, start)
@@ -229,13 +254,16 @@ def main() -> None:
         "predicted_worker_bound": predicted.worker_bound,
         "growth_MiB_driver": growth(after, "driver"),
         "growth_MiB_worker": growth(after, "workers"),
+        "peak_rss_driver": summary["peak_rss_driver"],
         "output_bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
         "predicted_output": predicted.output_bytes,
     }
-    print(json.dumps(facts, indent=1))
-    (args.out / "million.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / "samples.json").write_text(json.dumps([before, after]))
     draw([before, after], facts, args.figure or args.out / "million.png")
+    (args.out / "million.json").write_text(json.dumps(facts, indent=1) + "\n")
+    facts["real_detectors"] = run_real(store, args.out, args.scan, args.workers)
+    (args.out / "million.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class RunPage(SchedulerPlugin):
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
-        self.maps: dict[str, tuple[int, dict[str, Any]]] = {}  # block -> number of the event, pictures
+        self.maps: dict[str, tuple[int, str]] = {}  # block -> number of the event, pictures as JSON text
         self.count = 0
         self.active: dict[str, str] = {}  # task -> block
         self.retried: Counter[str] = Counter()
@@ -78,18 +78,18 @@ class RunPage(SchedulerPlugin):
             self.count += 1
             self.maps[block] = (self.count, pictures)
 
-    def answer(self, since: int) -> dict[str, Any]:
-        """What a page that knows the first `since` events lacks."""
+    def answer(self, since: int) -> str:
+        """What a page that knows the first `since` events lacks, as JSON."""
         if not self.state:
-            return {}
-        new = {block: pictures for block, (number, pictures) in self.maps.items() if number > since}
-        return self.state | {
-            "maps": new,
+            return "{}"
+        state = self.state | {
             "count": self.count,
             "active": sorted(set(self.active.values())),
             "retried": dict(self.retried),
             "machines": [_machine(ws) for ws in self.scheduler.workers.values()],
         }
+        new = ",".join(f'"{block}":{maps}' for block, (number, maps) in self.maps.items() if number > since)
+        return f'{{"maps":{{{new}}},{json.dumps(state)[1:]}'
 
 
 def _failed(kwargs: dict[str, Any]) -> bool:
@@ -134,7 +134,7 @@ class _StateHandler(_PageHandler):
         self.set_header("Content-Type", "application/json")
         self.set_header("Cache-Control", "no-store")
         known = int(since) if since.isdecimal() else 0
-        self.write(json.dumps(page.answer(known) if isinstance(page, RunPage) else {}))
+        self.write(page.answer(known) if isinstance(page, RunPage) else "{}")
 
 
 class RunPageFeed:
@@ -154,7 +154,7 @@ class RunPageFeed:
     def __init__(self, client: Client, *, run: str, title: str, status: np.ndarray) -> None:
         self.client, self.status = client, np.array(status)
         self._run, self._title = run, title
-        self._new: dict[str, dict[str, Any]] = {}
+        self._new: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         client.register_plugin(RunPage())
 
@@ -163,8 +163,8 @@ class RunPageFeed:
     ) -> None:
         """Block (iy, ix) has ended with `status`; `maps` are its `fcunet.thumbnails`."""
         self.status[iy, ix] = status
-        if maps is not None:
-            self._new[f"{iy},{ix}"] = maps
+        if maps is not None:  # text: nested lists take the scheduler four times the memory
+            self._new[f"{iy},{ix}"] = json.dumps(maps, separators=(",", ":"))
         if reason:
             self._reasons[f"{iy},{ix}"] = reason
 

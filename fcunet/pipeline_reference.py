@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 WORDS = ("median", "robust_median", "weighted_median", "grain")
 VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
+_PART = 2**16  # positions at a time
 _SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
 
 
@@ -106,20 +107,32 @@ def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array
                 break
             kept, middle = near, np.median(values[near], axis=0)
     n = int(kept.sum())
-    own = None if covariance is None else covariance[kept]
-    if own is not None and word == "weighted_median":
-        variance = np.einsum("nii->n", own[:, 2:, 2:])
+    if covariance is None:
+        return _deformed(first, middle), None, n
+    # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
+    factor = (1.0 if n < 3 else np.pi / 2) / n
+    mean, variance = _mean_covariance(covariance, np.asarray(kept))
+    if word == "weighted_median":
         weight = 1 / np.where(variance > 0, variance, np.nan)
         if np.isfinite(weight).all():
             middle = np.array([_weighted_median(values[kept, i], weight) for i in range(4)])
-            mean = np.nanmean(own, axis=0) / (np.nanmean(variance) * np.nanmean(weight))
-            return _deformed(first, middle), mean * (1.0 if n < 3 else np.pi / 2) / n, n
-    if own is None:
-        return _deformed(first, middle), None, n
-    # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
-    known = np.isfinite(own).all((1, 2))
-    mean = own[known].mean(axis=0) if known.any() else np.zeros((6, 6))
-    return _deformed(first, middle), mean * (1.0 if n < 3 else np.pi / 2) / n, n
+            mean = mean / (np.nanmean(variance) * np.nanmean(weight))
+    return _deformed(first, middle), mean * factor, n
+
+
+def _mean_covariance(covariance: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Mean (6, 6) of those that are kept and known, and the trace (n,) of g1 and g2 of those kept.
+
+    Part by part: a scan of a million positions has 144 MB of covariances, and copies would be the most
+    that the driver of a run ever holds.
+    """
+    total, known, traces = np.zeros((6, 6)), 0, []
+    for start in range(0, len(covariance), _PART):
+        own = covariance[start : start + _PART][kept[start : start + _PART]].astype(np.float64)
+        traces.append(np.einsum("nii->n", own[:, 2:, 2:]))
+        finite = np.isfinite(own).all((1, 2))
+        total, known = total + own[finite].sum(axis=0), known + int(finite.sum())
+    return total / max(known, 1), np.concatenate(traces) if traces else np.zeros(0)
 
 
 def _deformed(g: Array, parts: Array) -> Array:
@@ -174,7 +187,7 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, 
         )
     covariance = None
     if "covariance" in part:
-        covariance = part["covariance"].values.astype(np.float64).reshape(-1, 6, 6)
+        covariance = part["covariance"].values.reshape(-1, 6, 6)
     middle, of_middle, used = _middle(g, covariance, reference if isinstance(reference, str) else "median")
     name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
     return middle, of_middle, f"{name} of {used} of {len(g)} positions, {where}"

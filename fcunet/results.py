@@ -28,6 +28,7 @@ from .zarrfolder import root_attrs
 logger = logging.getLogger(__name__)
 
 PEAKS, RESULTS = "peaks.zarr", "strain.zarr"
+_BAND = 2**16  # positions
 
 
 def analyse(out: Path, config: Config, say: Callable[[str], None], device: str | None = None) -> xr.DataTree:
@@ -141,15 +142,21 @@ def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> list[t
         logger.warning("no strain: %s", err)
         lattices, settings = [_no_lattice(peaks)], _UNIT_REFERENCE.model_dump()
     first = lattices[0]
-    out = [(first, compute_strain(first, **settings).compute())]
+    out = [(first, compute_strain(_in_bands(first), **settings).compute())]
     for other in lattices[1:]:
         if (other["n_indexed"] > 0).any():
             try:
-                strain = compute_strain(other, among=first, **settings)
+                strain = compute_strain(_in_bands(other), among=first, **settings)
             except ValueError:  # another crystal: what is said of the first does not hold for it
-                strain = compute_strain(other, among=first, measure=settings["measure"])
+                strain = compute_strain(_in_bands(other), among=first, measure=settings["measure"])
             out.append((other, strain.compute()))
     return out
+
+
+def _in_bands(lattice: xr.Dataset) -> xr.Dataset:
+    """The same in bands of rows, done one after another: what strain needs on the way is ten times a map."""
+    rows = max(1, _BAND // max(1, lattice.sizes["scan_x"]))
+    return lattice if rows >= lattice.sizes["scan_y"] else lattice.chunk(scan_y=rows, scan_x=-1)
 
 
 def _flag(

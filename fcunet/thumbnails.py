@@ -1,7 +1,9 @@
 """Small pictures of finished blocks, for the live map: bright field, number of peaks, provisional strain.
 
 The strain is provisional: against a lattice found in the first block with disks, without robust weights, at
-8 x 8 positions of a block at most. It shows a run going wrong hours before its end; no result uses it.
+8 x 8 positions of a block at most, and fewer where there are thousands of blocks: the map as a whole stays
+within some 512 x 512 pixels, however large the scan. It shows a run going wrong hours before its end; no
+result uses it.
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from .layout import BlockGrid
 from .zarrfolder import open_array
 
 SIDE = 8
+_MAP_PIXELS = 2**18
 Thumbnails = dict[str, list[list[float | None]]]
 Array = NDArray[np.float64]
 _PEAKS = ("peak_qy", "peak_qx", "peak_intensity", "peak_sigma")
@@ -30,9 +33,14 @@ class ProvisionalBasis:
     g: tuple[tuple[float, float], tuple[float, float]]
 
 
-def thumbnail(image: np.ndarray) -> list[list[float]]:
-    """`image` (y, x) reduced to at most 8 x 8 means."""
-    steps = [max(1, -(-n // SIDE)) for n in image.shape]
+def picture_side(n_blocks: int) -> int:
+    """Length (px) of the pictures in a scan of so many blocks: 8, less beyond 4096 blocks."""
+    return max(1, min(SIDE, int((_MAP_PIXELS / max(n_blocks, 1)) ** 0.5)))
+
+
+def thumbnail(image: np.ndarray, side: int = SIDE) -> list[list[float]]:
+    """`image` (y, x) reduced to at most `side` x `side` means."""
+    steps = [max(1, -(-n // side)) for n in image.shape]
     edges = [np.arange(0, n, step) for n, step in zip(image.shape, steps, strict=True)]
     filled = np.nan_to_num(image.astype(float))
     sums = np.add.reduceat(np.add.reduceat(filled, edges[0], axis=0), edges[1], axis=1)
@@ -40,7 +48,9 @@ def thumbnail(image: np.ndarray) -> list[list[float]]:
     return (sums / counts).tolist()
 
 
-def thumbnails(values: Mapping[str, np.ndarray], origin: Array, basis: ProvisionalBasis | None) -> Thumbnails:
+def thumbnails(
+    values: Mapping[str, np.ndarray], origin: Array, basis: ProvisionalBasis | None, *, side: int = SIDE
+) -> Thumbnails:
     """Pictures of one block.
 
     Parameters
@@ -51,19 +61,25 @@ def thumbnails(values: Mapping[str, np.ndarray], origin: Array, basis: Provision
         Beam centre (y, x) in px.
     basis : ProvisionalBasis, optional
         Without it there is no strain.
+    side : int
+        Length of the pictures, px: :func:`picture_side`.
 
     Returns
     -------
     dict
-        ``bf``, ``n_peaks`` and, with a basis, ``e_xx, e_yy, e_xy, theta`` (detector frame), at most 8 x 8
-        each; None where there is no lattice.
+        ``bf``, ``n_peaks`` and, with a basis, ``e_xx, e_yy, e_xy, theta`` (detector frame), at most `side` x
+        `side` each; None where there is no lattice.
     """
-    found: dict[str, Any] = {name: thumbnail(values[name]) for name in ("bf", "n_peaks") if name in values}
-    return found | (_strain(values, origin, basis) if basis is not None else {})
+    found: dict[str, Any] = {
+        name: thumbnail(values[name], side) for name in ("bf", "n_peaks") if name in values
+    }
+    return found | (_strain(values, origin, basis, side) if basis is not None else {})
 
 
-def _strain(values: Mapping[str, np.ndarray], origin: Array, basis: ProvisionalBasis) -> Thumbnails:
-    sub = tuple(slice(None, None, max(1, -(-n // SIDE))) for n in values["peak_qy"].shape[:2])
+def _strain(
+    values: Mapping[str, np.ndarray], origin: Array, basis: ProvisionalBasis, side: int
+) -> Thumbnails:
+    sub = tuple(slice(None, None, max(1, -(-n // side))) for n in values["peak_qy"].shape[:2])
     qy, qx, _, sigma = (np.asarray(values[name][sub], dtype=float) for name in _PEAKS)
     start = np.asarray(origin, dtype=float)[sub]
     g_ref = np.array(basis.g)
@@ -96,7 +112,7 @@ def stored_thumbnails(
     peaks: str | Path, grid: BlockGrid, block: tuple[int, int], origin: Array, basis: ProvisionalBasis | None
 ) -> Thumbnails:
     """Pictures of a block that was finished earlier, from the peaks store."""
-    return thumbnails(_read(peaks, grid, block), origin, basis)
+    return thumbnails(_read(peaks, grid, block), origin, basis, side=picture_side(len(grid)))
 
 
 def _read(peaks: str | Path, grid: BlockGrid, block: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ from .layout import BlockGrid
 from .memory import peak_rss
 from .remote import Remote
 from .store import block_grid, load_calibration, read_status, set_status, write_peaks_block
-from .thumbnails import ProvisionalBasis, thumbnails
+from .thumbnails import ProvisionalBasis, picture_side, thumbnails
 from .zarrfolder import FLOAT_CODEC, has_array, open_array, put_array, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def process_tile(job: TileJob, iy: int, ix: int) -> dict[str, Any]:
         "seconds": {"read": read - start, "detect": computed - read, "write": end - computed},
         "device": device_name(job.detection.device),
         "peak_rss": peak_rss(),
-        "maps": thumbnails(values, origin, job.basis),
+        "maps": thumbnails(values, origin, job.basis, side=picture_side(len(grid))),
     }
 
 

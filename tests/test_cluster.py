@@ -58,6 +58,16 @@ def test_connect__runs_each_worker_with_one_arithmetic_thread(client):
     assert set(client.run(environment).values()) == {("1", "1")}
 
 
+def test_worker__keeps_few_profiles_however_long_it_lives(client):
+    def kept(dask_worker):
+        for _ in range(200):
+            dask_worker.cycle_profile()
+        histories = dask_worker.profile_history, dask_worker.profile_keys_history
+        return max(map(len, histories)), dask_worker.periodic_callbacks["profile-cycle"].callback_time
+
+    assert set(client.run(kept).values()) == {(20, 60_000)}
+
+
 def test_connect__listens_on_this_machine_only(client):
     assert client.scheduler.address.startswith("tcp://127.0.0.1:")
     assert client.dashboard_link.startswith("http://127.0.0.1:")

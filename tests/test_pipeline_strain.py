@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from fcunet import schema
+from fcunet import pipeline_reference, schema
 from fcunet.kernels.ellipse import Ellipse
 from fcunet.pipeline_strain import (
     bragg_vector_map,
@@ -406,3 +406,15 @@ def test_fit_lattices__are_the_same_lazily():
     for one, other in zip(whole, parts, strict=True):
         assert other["g1_qy"].chunks is not None
         np.testing.assert_allclose(other["g1_qx"], one["g1_qx"], atol=1e-12)
+
+
+def test_mean_covariance__does_not_depend_on_the_parts_and_leaves_out_the_unknown(monkeypatch):
+    rng = np.random.default_rng(3)
+    covariance = rng.integers(1, 100, (50, 6, 6)).astype(np.float32)  # whole numbers add up exactly
+    covariance[7] = np.nan
+    kept = np.arange(50) % 3 > 0
+    expected = covariance[kept & (np.arange(50) != 7)].astype(float).mean(0)
+    monkeypatch.setattr(pipeline_reference, "_PART", 8)
+    mean, traces = pipeline_reference._mean_covariance(covariance, kept)
+    np.testing.assert_array_equal(mean, expected)
+    np.testing.assert_array_equal(traces, np.trace(covariance[kept][:, 2:, 2:], axis1=1, axis2=2))

@@ -4,7 +4,7 @@ import numpy as np
 
 from fcunet.layout import BlockGrid
 from fcunet.store import open_results
-from fcunet.thumbnails import find_provisional_basis, stored_thumbnails, thumbnail
+from fcunet.thumbnails import find_provisional_basis, picture_side, stored_thumbnails, thumbnail
 from fcunet.tiles import load_calibration, origin_of_block
 
 
@@ -13,6 +13,13 @@ def test_thumbnail__is_a_mean_of_at_most_8_x_8():
     small = np.array(thumbnail(image))
     assert small.shape == (7, 5)
     assert small[0, 0] == image[:3, :2].mean()
+
+
+def test_picture_side__keeps_the_live_map_small_however_large_the_scan():
+    assert picture_side(1024) == 8
+    for n in (1, 4096, 16384, 65536, 2**18):
+        assert n * picture_side(n) ** 2 <= 2**18
+    assert picture_side(10**6) == 1
 
 
 def test_provisional_strain__is_that_of_the_run_but_for_its_zero(small_run):
