@@ -23,6 +23,7 @@ from torch import Tensor
 from .config import DetectionConfig
 from .kernels.peaks import Peaks
 from .memory import keep_freed_memory
+from .staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _CPU_BATCH_PIXELS = {"fcunet": 2**18, "correlation": 2**20, "cepstral": 2**18}
 # correlation
 _BYTES_PER_PIXEL = {"fcunet": 1024, "correlation": 128, "cepstral": 256}
 
+_STAGED = {"cuda"}  # devices that patterns are copied to one batch ahead
 # One thread at a time on a GPU, while the others read and decompress: two would only add memory.
 _DEVICE_PERMIT = threading.Semaphore(1)
 _BUILD_LOCK = threading.Lock()
@@ -331,11 +333,12 @@ def _in_batches(
     parts: list[dict[str, np.ndarray]] = []
     total, maximum = np.zeros(shape), np.full(shape, -np.inf, np.float32)
     start = 0
+    staging = Staging(patterns, device) if device.type in _STAGED else None
     while start < n:
         stop = min(start + size, n)
         try:
             part, batch, lit = _one_batch(
-                patterns[start:stop],
+                staging.take(start, stop, min(stop + size, n)) if staging else patterns[start:stop],
                 centres[start:stop],
                 size if config.method == "fcunet" else min(size, 1 << (stop - start - 1).bit_length()),
                 detector,
@@ -348,6 +351,8 @@ def _in_batches(
             if size == 1:
                 raise MemoryError(f"one pattern of {shape} does not fit into the memory of {device}") from err
             size = _BATCH_LIMIT[key] = size // 2
+            if staging is not None:
+                staging.drop()
             torch.cuda.empty_cache()
             logger.warning("out of memory on %s: batches of %d patterns from here on", device, size)
             continue
@@ -361,7 +366,7 @@ def _in_batches(
 
 
 def _one_batch(
-    raw: np.ndarray,
+    raw: np.ndarray | Tensor,
     centres: np.ndarray,
     size: int,
     detector: Detector,
@@ -373,11 +378,12 @@ def _one_batch(
     """Results of one batch, its repaired patterns (m, qy, qx) on the device, and which hold numbers."""
     m = len(raw)
     batch = torch.zeros((size, *raw.shape[1:]), dtype=torch.float32, device=device)
-    if device.type == "cuda":  # in the native dtype, which is less to send
-        batch[:m] = torch.from_numpy(np.ascontiguousarray(raw)).to(device)
+    if isinstance(raw, Tensor):  # on the device already
+        batch[:m] = raw
     else:  # by NumPy: torch takes twenty times as long to convert uint16 on a CPU
         batch[:m] = torch.from_numpy(raw.astype(np.float32))
-    lit = repair(batch[:m], bad) if bad.any() or raw.dtype.kind == "f" else torch.ones(m, dtype=torch.bool)
+    floats = raw.is_floating_point() if isinstance(raw, Tensor) else raw.dtype.kind == "f"
+    lit = repair(batch[:m], bad) if bad.any() or floats else torch.ones(m, dtype=torch.bool)
     part = virtual_signals(batch[:m], centres, reach)
     dark = ~lit.cpu().numpy()
     for name in VIRTUAL_NAMES:

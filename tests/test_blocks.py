@@ -9,6 +9,7 @@ from fcunet import blocks
 from fcunet.blocks import build_detector, pick_device, process_block, repair, virtual_signals, weighted_sums
 from fcunet.calibrate import calibrate
 from fcunet.config import DetectionConfig
+from fcunet.staging import Staging
 
 CONFIG = DetectionConfig(method="correlation", device="cpu", max_num_peaks=32)
 
@@ -147,6 +148,35 @@ def test_process_block__halves_the_batch_when_memory_runs_out(monkeypatch, chunk
     assert sizes[:4] == [64, 32, 16, 8]
     assert max(sizes[4:]) == 8  # remembered by the process
     assert_same(out, whole, whole)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_process_block__sent_one_batch_ahead_gives_the_same(size, monkeypatch, chunk, calibration, whole):
+    monkeypatch.setattr(blocks, "_STAGED", {"cpu"})
+    out = process_block(chunk, CONFIG.model_copy(update={"batch": size}), calibration)
+    assert_same(out, whole, whole)
+
+
+def test_process_block__sent_ahead_halves_the_batch_as_well(monkeypatch, chunk, calibration, whole):
+    monkeypatch.setattr(blocks, "_STAGED", {"cpu"})
+    test_process_block__halves_the_batch_when_memory_runs_out(monkeypatch, chunk, calibration, whole)
+
+
+@pytest.mark.gpu
+def test_process_block__on_a_gpu_does_not_depend_on_what_is_sent_ahead(monkeypatch, chunk, calibration):
+    config = CONFIG.model_copy(update={"device": "cuda", "batch": 8})
+    ahead = process_block(chunk, config, calibration)
+    monkeypatch.setattr(blocks, "_STAGED", set())
+    assert_same(process_block(chunk, config, calibration), ahead, ahead)
+
+
+def test_staging__keeps_a_batch_apart_from_those_sent_after_it():
+    patterns = np.arange(40, dtype=np.uint16).reshape(10, 2, 2)
+    staging = Staging(patterns, torch.device("cpu"))
+    parts = [(0, 3, 6), (3, 6, 9), (6, 8, 10), (8, 10, 10), (2, 4, 6)]  # two of them other than was foreseen
+    taken = [staging.take(*part) for part in parts]
+    for (start, stop, _), batch in zip(parts, taken, strict=True):
+        np.testing.assert_array_equal(batch.numpy(), patterns[start:stop])
 
 
 def test_process_block__names_a_calibration_of_another_detector(chunk, calibration):
