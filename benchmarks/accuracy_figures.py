@@ -33,7 +33,7 @@ def _style() -> Any:
 
 def _colours(names: list[str]) -> dict[str, Any]:
     greys = ["#9aa0a6", "#c58b3b", "#6f9c5b", "#8a6bb0", "#b05a5a", "#3f8f8f", "#444444", "#d9a5c9"]
-    greys += ["#8fbf3f", "#5a6fd0", "#c9b458", "#7a5230"]
+    greys += ["#8fbf3f", "#5a6fd0", "#c9b458", "#7a5230", "#ff8c69", "#556b2f"]
     return {
         n: "#0b5fa5" if n == NETWORK else greys[i % len(greys)]
         for i, n in enumerate(sorted(set(names) - {NETWORK}))
@@ -43,7 +43,7 @@ def _colours(names: list[str]) -> dict[str, Any]:
 def against_dose(rows: list[Row], path: Path) -> None:
     """rms of e_xx and e_yy against dose, bars and bound beside it."""
     plt = _style()
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
     names = _compared(rows)
     colours = _colours(names)
     for column, data in enumerate(ABTEM):
@@ -82,8 +82,7 @@ def against_dose(rows: list[Row], path: Path) -> None:
     for ax in axes[:, 0]:
         ax.set_ylabel("rms error, 10$^{-3}$")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=8)
-    fig.tight_layout(rect=(0, 0.13, 1, 1))
+    fig.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -98,12 +97,14 @@ def against_conditions(rows: list[Row], path: Path) -> None:
     """rms of e_xx and e_yy against thickness (mistilt to 6 mrad) and mistilt (10 to 40 nm), at 1e5 and
     without noise."""
     plt = _style()
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharey=True)
+    from matplotlib.lines import Line2D
+
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.2), sharey=True, layout="constrained")
     everything = [r for r in rows if r.get("conditions")]
     names = [n for n in dict.fromkeys(r["method"] for r in everything) if n in _SHOWN]
     colours = _colours(names)
     for column, data in enumerate(ABTEM):
-        for line, (key, other, low, high, label) in enumerate(
+        for line, (key, other, low, high, title) in enumerate(
             (
                 ("thickness_nm", "mistilt_mrad", 0, 6.1, "thickness, nm (mistilt to 6 mrad)"),
                 ("mistilt_mrad", "thickness_nm", 9, 41, "mistilt, mrad (10 to 40 nm)"),
@@ -121,15 +122,16 @@ def against_conditions(rows: list[Row], path: Path) -> None:
                     for v in x
                 ]
                 ours = row["method"] == NETWORK
-                dashes, dose = ("o-", "no noise") if row["dose"] is None else ("o--", "10$^5$ electrons")
+                dashes, label = ("o-", row["method"]) if row["dose"] is None else ("o--", None)
                 look = {"ms": 3, "lw": 2 if ours else 0.9, "color": colours[row["method"]]}
-                ax.plot(x, y, dashes, label=f"{row['method']}, {dose}", **look)
-            ax.set(yscale="log", xlabel=label, title=_TITLES[data])
+                ax.plot(x, y, dashes, label=label, **look)
+            ax.set(yscale="log", xlabel=title, title=_TITLES[data])
             ax.grid(alpha=0.25)
     for ax in axes[:, 0]:
         ax.set_ylabel("rms error of e_xx, e_yy, 10$^{-3}$")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=7)
-    fig.tight_layout(rect=(0, 0.16, 1, 1))
+    handles = axes[0, 0].get_legend_handles_labels()[0]
+    doses = (("-", "no noise"), ("--", "10$^5$ electrons"))
+    handles += [Line2D([], [], color="k", ls=dashes, label=dose) for dashes, dose in doses]
+    fig.legend(handles=handles, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
