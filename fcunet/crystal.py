@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,23 +84,38 @@ def read_crystal(text: str) -> Crystal:
         raise ValueError(f"{text!r} is no crystal: {err}") from None
 
 
-def _from_cif(path: Path) -> Crystal:
-    if not path.is_file():
+def read_cif(path: str | Path) -> tuple[Array, tuple[str, ...], Array]:
+    """Cell (3, 3) in angstrom of a CIF file, and element and fractional coordinates (n, 3) of all atoms.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError
+        If there is no such file, or ase is missing.
+    """
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no such CIF file: {path}")
     try:
         from ase.io import read
     except ImportError:
         raise ImportError(
-            "reading CIF files needs ase: pip install 'fcunet[simulation]'; or give lattice parameters, such "
+            "reading CIF files needs ase: pip install 'fcunet[simulation]'; or give centring and cell, such "
             "as 'F 5.4309'"
         ) from None
-    atoms = read(path)
-    return Crystal(np.asarray(atoms.cell, dtype=np.float64), _centring(atoms), path.name)
+    atoms: Any = read(path)  # a list of them only where several are asked for
+    return (
+        np.asarray(atoms.cell, dtype=np.float64),
+        tuple(atoms.get_chemical_symbols()),
+        np.asarray(atoms.get_scaled_positions(), dtype=np.float64),
+    )
 
 
-def _centring(atoms) -> str:
+def _from_cif(path: Path) -> Crystal:
+    cell, symbols, positions = read_cif(path)
+    return Crystal(cell, _centring(np.array(symbols), positions), path.name)
+
+
+def _centring(species: NDArray, place: Array) -> str:
     """The centring under which all atoms of a cell repeat; P where there is none."""
-    species, place = atoms.get_atomic_numbers(), atoms.get_scaled_positions()
     for name, vectors in PRIMITIVE.items():
         if name == "P":
             continue

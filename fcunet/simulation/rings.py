@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .crystals import PRIMITIVE, Crystal, cell_from_parameters, default_u_rms, load_crystal
+from ..crystal import read_cif, read_crystal
+from ..kernels.crystal import PRIMITIVE
+from .crystals import Crystal, default_u_rms, load_crystal
 from .library import load_library
 from .scattering import StructureFactors
 
@@ -20,19 +22,18 @@ def find_crystal(text: str) -> Crystal:
     ----------
     text : str
         A name ("Au", "Si", or of the library: "AlN-wurtzite..."); centring and cell, lengths in angstrom and
-        angles in degrees ("F 4.0782" cubic, "P 2.9505,4.6855" hexagonal, "C a,b,c,alpha,beta,gamma"); or the
-        path of a ``.cif`` file (needs ``pip install ase``).
+        angles in degrees, as for :func:`fcunet.crystal.read_crystal` ("F 4.0782" cubic, "P 2.9505,4.6855"
+        hexagonal); or the path of a ``.cif`` file (needs ``pip install ase``).
 
     Raises
     ------
-    ValueError, FileNotFoundError
-        If it is none of these.
+    ValueError, FileNotFoundError, ImportError
+        If it is none of these, or ase is missing.
     """
     if text.lower().endswith(".cif"):
         return _from_cif(Path(text))
-    cell = re.fullmatch(rf"([{''.join(PRIMITIVE)}])[ :]+([-+0-9.,e ]+)", text.strip())
-    if cell:
-        return _from_cell(text, cell[1], [float(v) for v in cell[2].split(",")])
+    if re.fullmatch(rf"[{''.join(PRIMITIVE)}][ :]+[-+0-9.,e ]+", text.strip()):
+        return _from_cell(text)
     try:
         return load_crystal(text)
     except ValueError:
@@ -67,43 +68,13 @@ def powder_rings(
     return values[keep] * resolution, intensity[keep]
 
 
-def _from_cell(name: str, centring: str, numbers: list[float]) -> Crystal:
-    """One atom per lattice point: the centring alone decides which rings there are."""
-    if len(numbers) == 1:
-        parameters = [numbers[0]] * 3 + [90.0] * 3
-    elif len(numbers) == 2:
-        parameters = [numbers[0], numbers[0], numbers[1], 90.0, 90.0, 120.0]
-    elif len(numbers) == 6:
-        parameters = numbers
-    else:
-        raise ValueError(
-            f"{name!r} has {len(numbers)} cell parameters; needed are 1 (cubic a), 2 (hexagonal a,c) or all 6"
-        )
-    cell = cell_from_parameters(*parameters)
-    if min(parameters[:3]) <= 0 or not np.isfinite(cell).all():
-        raise ValueError(f"{name!r} is no cell: lengths must be positive and the angles fit together")
-    return Crystal(name, name, "", cell, centring, ("Au",), np.zeros((1, 3)), np.array([0.08]))
-
-
 def _from_cif(path: Path) -> Crystal:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such CIF file: {path}")
-    try:
-        from ase.io import read
-    except ImportError:
-        raise ImportError(
-            "reading CIF files needs ase: pip install 'fcunet[simulation]'; or give centring and cell, such "
-            "as --crystal 'F 4.0782'"
-        ) from None
-    atoms = read(path)
-    symbols = tuple(atoms.get_chemical_symbols())
-    return Crystal(
-        path.stem,
-        path.stem,
-        "",
-        np.asarray(atoms.cell),
-        "P",
-        symbols,
-        np.asarray(atoms.get_scaled_positions()),
-        np.array([default_u_rms(s) for s in symbols]),
-    )
+    cell, symbols, positions = read_cif(path)
+    u_rms = np.array([default_u_rms(s) for s in symbols])
+    return Crystal(path.stem, path.stem, "", cell, "P", symbols, positions, u_rms)
+
+
+def _from_cell(text: str) -> Crystal:
+    """One atom per lattice point: the centring alone decides which rings there are."""
+    known = read_crystal(text)
+    return Crystal(text, text, "", known.cell, known.centring, ("Au",), np.zeros((1, 3)), np.array([0.08]))
