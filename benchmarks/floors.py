@@ -23,7 +23,7 @@ from fcunet.layout import Layout
 from fcunet.memory import keep_freed_memory
 from fcunet.nn.decode import decode
 from fcunet.nn.weights import load_model
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.zarrfolder import FLOAT_CODEC
 
 RESULTS = Path(__file__).with_name("results")

@@ -33,7 +33,7 @@ from fcunet.kernels.strain import deformation_gradient, strain_from_F
 from fcunet.memory import keep_freed_memory
 from fcunet.nn.detect import detect
 from fcunet.nn.weights import load_model
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 
 RESULTS = Path(__file__).with_name("results")
 RADIUS, SPACING, ELECTRONS = 9.0, 30.5, 1e5

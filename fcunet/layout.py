@@ -123,6 +123,22 @@ def check_blocks(array: Any, shard: tuple[int, int] | None = None) -> None:
             raise ValueError(f"{dim!r} is cut into {_short(sizes[dim])}, but {needed}; {call}")
 
 
+def check_whole_peaks(peaks: Any) -> None:
+    """Refuse a dataset of peaks in which those of one pattern lie in several blocks.
+
+    Raises
+    ------
+    ValueError
+        With the rechunk call to make.
+    """
+    chunks = peaks["peak_qy"].chunks
+    if chunks is not None and len(chunks[2]) > 1:
+        raise ValueError(
+            f"'peak' is split into {len(chunks[2])} chunks, but the peaks of one pattern must lie in one; "
+            "rechunk first: peaks.chunk(peak=-1)"
+        )
+
+
 def inner_chunk(shard: tuple[int, int], detector_shape: tuple[int, int], dtype: Any) -> tuple[int, int]:
     """Inner chunk of about 2 MiB that divides a given shard."""
     pattern_bytes = detector_shape[0] * detector_shape[1] * np.dtype(dtype).itemsize

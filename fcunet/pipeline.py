@@ -18,13 +18,9 @@ from . import accessor, schema
 from .cepstral import REAL_SPACE
 from .config import Config, DetectionConfig
 from .layout import check_blocks
-from .pipeline_strain import (
-    bragg_vector_map,
-    compare_with_truth,
-    compute_strain,
-    fit_lattice,
-    fit_lattices,
-)
+from .pipeline_lattice import fit_lattice, fit_lattices
+from .pipeline_map import bragg_vector_map
+from .pipeline_strain import compare_with_truth, compute_strain
 
 if TYPE_CHECKING:
     from .blocks import BlockCalibration
@@ -294,8 +290,7 @@ def _peaks_template(intensity: xr.DataArray, max_num_peaks: int) -> xr.Dataset:
         for name, variable in schema.PEAKS.items()
         if name != "status"
     }
-    coords = {dim: intensity[dim] for dim in schema.SCAN_DIMS if dim in intensity.coords}
-    return xr.Dataset(variables, coords=coords)
+    return xr.Dataset(variables, coords=schema.scan_coords(intensity))
 
 
 def _peaks_of_block(block: xr.Dataset, *, config: DetectionConfig, numbers: dict[str, Any]) -> xr.Dataset:
@@ -317,5 +312,5 @@ def _peaks_of_block(block: xr.Dataset, *, config: DetectionConfig, numbers: dict
     )
     return xr.Dataset(
         {name: (v.dims, values[name], v.attrs) for name, v in schema.PEAKS.items() if name != "status"},
-        coords={dim: block[dim] for dim in schema.SCAN_DIMS if dim in block.coords},
+        coords=schema.scan_coords(block),
     )

@@ -252,6 +252,11 @@ def check_variables(
             )
 
 
+def scan_coords(source: Any) -> dict[str, Any]:
+    """Those of `scan_y, scan_x` that an array or dataset has as coordinates, units and all."""
+    return {dim: source[dim] for dim in SCAN_DIMS if dim in source.coords}
+
+
 def check_datacube(dataset: Any, where: str = "datacube") -> None:
     """Raise ValueError unless `dataset` has `intensity` with the right dimensions, and sane companions."""
     check_variables(dataset, DATACUBE, required=["intensity"], where=where)

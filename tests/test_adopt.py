@@ -12,7 +12,7 @@ from fcunet.adopt import adopt_peaks, strain_from_file
 from fcunet.cli import app
 from fcunet.export import export
 from fcunet.kernels.ellipse import Ellipse, undistort
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.readers.bragg import geometry_from_py4dstem, read_peaks
 
 h5py = pytest.importorskip("h5py")

@@ -6,7 +6,7 @@ from test_pipeline_strain import SHAPE, make_peaks
 
 from fcunet.crystal import read_crystal
 from fcunet.kernels.crystal import ideal_lattice, index_lattice
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 
 A, PX = 5.4309, 0.0066  # silicon, angstrom; 1/angstrom per px
 # [110]: (1 -1 1) and (-1 1 1), with [001] along +x

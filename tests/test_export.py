@@ -10,7 +10,7 @@ from test_pipeline_strain import make_peaks
 
 from fcunet import schema
 from fcunet.export import export, py4dstem_strain
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.readers import open_source
 from fcunet.readers.bragg import read_peaks
 from fcunet.readers.maps import read_maps

@@ -8,7 +8,7 @@ import xarray as xr
 
 from fcunet import pipeline_reference, schema
 from fcunet.kernels.ellipse import Ellipse
-from fcunet.pipeline_strain import (
+from fcunet.pipeline import (
     bragg_vector_map,
     compare_with_truth,
     compute_strain,

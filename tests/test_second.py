@@ -8,7 +8,7 @@ from test_pipeline_strain import G, make_peaks
 from fcunet import runner, schema
 from fcunet.config import Config
 from fcunet.nn.range import BLUR, RADIUS, SPACING, TOO_FEW, TOO_MANY, TrainingRange, outside_training
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.results import analyse
 from fcunet.second import compare_opinions, fall_back
 

@@ -5,7 +5,7 @@ import pytest
 from test_pipeline_strain import SHAPE, G, make_peaks
 
 from fcunet.kernels.ellipse import Ellipse
-from fcunet.pipeline_strain import compute_strain, fit_lattice
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.systematic import systematic_errors
 
 RECORD = {
