@@ -242,6 +242,12 @@ class Config(BaseSettings):
     second: SecondConfig = SecondConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    def second_detection(self) -> DetectionConfig | None:
+        """How the second opinion detects; None if none is asked for."""
+        if self.second.second_opinion in ("none", self.detection.method):
+            return None
+        return self.detection.model_copy(update={"method": self.second.second_opinion})
+
     @field_validator("region", mode="before")
     @classmethod
     def _parse_region(cls, value: Any) -> Any:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ class Prediction:
     max_num_peaks : int
     disk_free : int
         Bytes where the results go.
+    second : Measurement, optional
+        The same by the second method, where a second opinion is asked for: the same workers do its blocks
+        after those of the first.
     """
 
     measured: Measurement
@@ -99,11 +103,27 @@ class Prediction:
     itemsize: int
     max_num_peaks: int
     disk_free: int
+    second: Measurement | None = None
+
+    @property
+    def stages(self) -> list[Measurement]:
+        """What is measured of each method, in the order they run."""
+        return [self.measured] if self.second is None else [self.measured, self.second]
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of a worker with nothing in hand, of the method that takes more."""
+        return max(m.base_bytes for m in self.stages)
+
+    @property
+    def block_bytes(self) -> int:
+        """What a block in hand adds at most, of the method that takes more."""
+        return max(m.block_bytes for m in self.stages)
 
     @property
     def worker_bytes(self) -> int:
         """Peak memory of a worker process, each of its threads with a block in hand."""
-        return self.measured.base_bytes + self.workers.threads * self.measured.block_bytes
+        return self.base_bytes + self.workers.threads * self.block_bytes
 
     @property
     def worker_bound(self) -> int:
@@ -115,10 +135,9 @@ class Prediction:
         """Whether time was measured on the kind of device the workers have."""
         return self.workers.gpu == (self.measured.device != "CPU")
 
-    @property
-    def rate(self) -> float:
-        """Patterns per second of all workers together, all stages included."""
-        m, w = self.measured, self.workers
+    def rate(self, measured: Measurement) -> float:
+        """Patterns per second of all workers together by one of the methods, all stages included."""
+        m, w = measured, self.workers
         if w.gpu:  # the threads of a worker read and write while one computes
             each = min(1 / m.detect_s, w.threads / (m.read_s + m.detect_s + m.write_s))
         else:
@@ -128,17 +147,19 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Wall time of the whole run, lattice and strain included."""
-        return _START_S + self.patterns / self.rate + _ANALYSE_S * self.patterns
+        return _START_S + sum(self.patterns * (1 / self.rate(m) + _ANALYSE_S) for m in self.stages)
 
     @property
     def peaks_bytes(self) -> int:
-        """Size of the peaks store, mean and maximum patterns of the blocks included while it runs."""
-        return int(self.patterns * self.measured.stored_bytes + 12 * self.pixels * self.blocks)
+        """Size of the peaks stores, mean and maximum patterns of the blocks included while it runs."""
+        patterns = 12 * self.pixels * self.blocks
+        return sum(int(self.patterns * m.stored_bytes + patterns) for m in self.stages)
 
     @property
     def results_bytes(self) -> int:
         """Size of the results before compression."""
-        return self.patterns * results_bytes_per_position() + 12 * self.pixels
+        each = results_bytes_per_position(second=self.second is not None)
+        return self.patterns * each + 12 * self.pixels
 
     @property
     def output_bytes(self) -> int:
@@ -148,9 +169,9 @@ class Prediction:
     @property
     def problems(self) -> list[str]:
         """Why this run cannot fit, each with the numbers and what to do; empty if it can."""
-        m, w, found = self.measured, self.workers, []
+        w, found = self.workers, []
         if w.memory is not None and self.worker_bytes > w.memory:
-            threads = int((w.memory - MARGIN * m.base_bytes) / (MARGIN * m.block_bytes))
+            threads = int((w.memory - MARGIN * self.base_bytes) / (MARGIN * self.block_bytes))
             fewer = (
                 f"use {threads} thread{'s' * (threads > 1)} per worker (cores: {threads} in the profile)"
                 if threads >= 1 and not w.local
@@ -160,11 +181,12 @@ class Prediction:
                 "or convert the scan anew, whose blocks then are smaller"
             )
             found.append(
-                f"a worker needs {gib(self.worker_bytes)} ({gib(m.base_bytes)} + {w.threads} x "
-                f"{gib(m.block_bytes)} for a block in hand), but may use {gib(w.memory)}; {fewer}"
+                f"a worker needs {gib(self.worker_bytes)} ({gib(self.base_bytes)} + {w.threads} x "
+                f"{gib(self.block_bytes)} for a block in hand), but may use {gib(w.memory)}; {fewer}"
             )
-        if m.device_bytes > m.device_total:
-            found.append(f"{m.device} has {gib(m.device_total)}, a batch needs {gib(m.device_bytes)}")
+        for m in self.stages:
+            if m.device_bytes > m.device_total:
+                found.append(f"{m.device} has {gib(m.device_total)}, a batch needs {gib(m.device_bytes)}")
         if self.output_bytes > self.disk_free:
             found.append(
                 f"the results need up to {gib(self.output_bytes)}, but {gib(self.disk_free)} are free where "
@@ -179,26 +201,33 @@ class Prediction:
         each = f"{w.count} worker{'s' * (w.count != 1)} x {w.threads} thread{'s' * (w.threads != 1)}"
         lines = [
             f"  memory    {gib(self.worker_bytes)} per worker, at most {gib(self.worker_bound)}{limit} "
-            f"({gib(m.base_bytes)} + {gib(m.block_bytes)} per block in hand) | {each}"
+            f"({gib(self.base_bytes)} + {gib(self.block_bytes)} per block in hand) | {each}"
         ]
         if m.device != "CPU":
-            lines.append(f"  device    {gib(m.device_bytes)} of {gib(m.device_total)} on {m.device}")
+            used = max(s.device_bytes for s in self.stages)
+            lines.append(f"  device    {gib(used)} of {gib(m.device_total)} on {m.device}")
         if self.transferable:
             lines.append(
-                f"  time      about {duration(self.seconds)}: {self.patterns:,} patterns at "
-                f"{self.rate:,.0f}/s | each read {1e3 * m.read_s:.2f}, detect {1e3 * m.detect_s:.2f}, "
-                f"write {1e3 * m.write_s:.2f} ms"
+                f"  time      about {duration(self.seconds)}: {self.patterns:,} patterns at {self._speed(m)}"
             )
+            if self.second is not None:
+                lines.append(f"  second    counted in: the same patterns at {self._speed(self.second)}")
         else:
             lines.append(
                 f"  time      not known: the workers have GPUs, this machine has none (here "
                 f"{1 / m.detect_s:,.0f} patterns/s per core); run --dry-run on a node with a GPU"
             )
+        peaks = " and ".join(f"{s.peaks:.0f}" for s in self.stages)
         lines.append(
-            f"  output    {gib(self.output_bytes)} ({m.peaks:.0f} peaks per pattern) of "
-            f"{gib(self.disk_free)} free"
+            f"  output    {gib(self.output_bytes)} ({peaks} peaks per pattern) of {gib(self.disk_free)} free"
         )
         return lines
+
+    def _speed(self, m: Measurement) -> str:
+        return (
+            f"{self.rate(m):,.0f}/s | each read {1e3 * m.read_s:.2f}, detect {1e3 * m.detect_s:.2f}, "
+            f"write {1e3 * m.write_s:.2f} ms"
+        )
 
 
 def predict(
@@ -210,12 +239,14 @@ def predict(
 ) -> Prediction:
     """What ``run(config)`` will take, measured on the first block of its store; nothing is written.
 
+    A second opinion is tried as well, and counted in.
+
     Parameters
     ----------
     config : Config
         ``config.store`` is the datacube.
     seconds : float
-        How long to detect for; reading one whole block comes before.
+        How long to detect for, with each method; reading one whole block comes before.
     calibration : Calibration, optional
         Default: measured, as the run does it.
     workers : WorkerPlan, optional
@@ -241,9 +272,11 @@ def predict(
         calibration = calibrate(datacube, **config.calibration.model_dump())
     out = Path(config.out) if config.out is not None else Path("runs")
     origin = (0, 0) if config.region is None else (config.region[0], config.region[2])
-    measured = measure_block(store, grid, config.detection, calibration, origin=origin, seconds=seconds)
+    trial = partial(measure_block, store, grid, calibration=calibration, origin=origin, seconds=seconds)
+    second = config.second_detection()
     return Prediction(
-        measured=measured,
+        measured=trial(config.detection),
+        second=None if second is None else trial(second),
         workers=workers,
         patterns=int(np.prod(grid.scan_shape)),
         blocks=len(grid),
@@ -382,11 +415,11 @@ def _stored_bytes(values: np.ndarray) -> int:
     return array.nbytes_stored()
 
 
-def results_bytes_per_position() -> int:
-    """Uncompressed size of the results of one scan position, from the schema."""
+def results_bytes_per_position(*, second: bool = False) -> int:
+    """Uncompressed size of the results of one scan position, from the schema; with a second opinion."""
     lengths = {"parameter": len(schema.LATTICE_PARAMETERS), "row": 2, "column": 2}
     lengths["parameter2"] = lengths["parameter"]
-    tables = (schema.STRAIN, schema.LATTICE, schema.VIRTUAL)
+    tables = [schema.STRAIN, schema.LATTICE, schema.VIRTUAL] + [schema.SECOND] * second
     return sum(
         4 * int(np.prod([lengths[d] for d in variable.dims if d not in schema.SCAN_DIMS]))
         for table in tables

@@ -192,9 +192,9 @@ def _second_opinion(
     say: Callable[[str], None],
 ) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset | None]:
     """Lattice and strain, of the second method where wanted, and the comparison; None without one."""
-    method = config.second.second_opinion
-    if method in ("none", config.detection.method):
+    if (detection := config.second_detection()) is None:
         return lattice, strain, None
+    method = detection.method
     folder = out / second.FOLDER
     if not (folder / PEAKS).is_dir() or (open_peaks(folder / PEAKS)["status"] == schema.STATUS_TODO).any():
         logger.warning("no second opinion: its peaks were not found yet; fcunet run with --second-opinion")

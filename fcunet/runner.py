@@ -197,10 +197,8 @@ def _find_second_opinion(
 def _second_plan(plan: _Run) -> _Run | None:
     """The run of the second method; None if there is none."""
     config = plan.config
-    method = config.second.second_opinion
-    if method in ("none", config.detection.method):
+    if (detection := config.second_detection()) is None:
         return None
-    detection = config.detection.model_copy(update={"method": method})
     changes = {"detection": detection, "second": SecondConfig(), "out": plan.out / SECOND}
     return _plan(config.model_copy(update=changes))
 
@@ -231,8 +229,6 @@ def plan(config: Config) -> list[str]:
     lines = _describe(planned)
     prediction = predict(planned.config)
     lines += prediction.lines() + [f"  problem   {problem}" for problem in prediction.problems]
-    if (second := _second_plan(planned)) is not None:
-        lines.append(f"  second    {second.config.detection.method} as well, not counted above")
     if planned.peaks.exists():
         status = read_status(planned.peaks)
         done = int((status == schema.STATUS_DONE).sum())

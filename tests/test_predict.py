@@ -29,8 +29,8 @@ def test_prediction__counts_one_block_per_thread():
 
 
 def test_prediction__adds_the_stages_of_a_core_and_multiplies_by_the_cores():
-    assert PREDICTED.rate == pytest.approx(0.9 * 2 * 3 / 10e-3)
-    assert PREDICTED.seconds > 90_000 / PREDICTED.rate
+    assert PREDICTED.rate(MEASURED) == pytest.approx(0.9 * 2 * 3 / 10e-3)
+    assert PREDICTED.seconds > 90_000 / PREDICTED.rate(MEASURED)
 
 
 def test_prediction__lets_a_gpu_compute_while_others_read():
@@ -39,7 +39,25 @@ def test_prediction__lets_a_gpu_compute_while_others_read():
         workers=dataclasses.replace(WORKERS, gpu=True, count=1),
         measured=dataclasses.replace(MEASURED, device="GPU", read_s=5e-3, detect_s=8e-3),
     )
-    assert on_gpu.rate == pytest.approx(0.9 / 8e-3)  # three threads would read 600 per second
+    assert on_gpu.rate(on_gpu.measured) == pytest.approx(
+        0.9 / 8e-3
+    )  # three threads would read 600 per second
+
+
+def test_prediction__counts_the_second_opinion_in():
+    slower = dataclasses.replace(
+        MEASURED, detect_s=28e-3, block_bytes=GIB // 2, stored_bytes=100.0, peaks=7.0
+    )
+    both = dataclasses.replace(PREDICTED, second=slower)
+    alone = dataclasses.replace(PREDICTED, measured=slower)
+    fixed = PREDICTED.seconds + alone.seconds - both.seconds  # workers start once
+    assert 0 < fixed < 60
+    assert both.peaks_bytes == PREDICTED.peaks_bytes + alone.peaks_bytes
+    assert both.results_bytes > PREDICTED.results_bytes
+    assert both.worker_bytes == alone.worker_bytes  # one after the other in the same workers
+    text = "\n".join(both.lines())
+    assert f"second    counted in: the same patterns at {0.9 * 6 / 30e-3:.0f}/s" in text
+    assert "40 and 7 peaks" in text
 
 
 def test_prediction__does_not_take_the_time_of_a_cpu_for_that_of_a_gpu():
@@ -125,6 +143,18 @@ def test_predict__foretells_the_memory_of_a_worker_and_the_output_within_a_quart
     written = sum(f.stat().st_size for f in (tmp_path / "run" / "peaks.zarr").rglob("*") if f.is_file())
     assert written < 1.25 * predicted.peaks_bytes
     assert open_results(tmp_path / "run")["strain/e_xx"].notnull().all()
+
+
+@pytest.mark.slow
+def test_plan__tries_the_second_opinion_as_well(tmp_path):
+    store = write_datacube(tmp_path / "scan.zarr", draw_datacube())
+    config = Config.load(
+        store=store, out=tmp_path / "run", method="correlation", second_opinion="cepstral", device="cpu"
+    )
+    text = "\n".join(runner.plan(config))
+    assert "second    counted in" in text
+    assert " and " in text.partition("output")[2]  # the peaks per pattern of both
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
