@@ -42,6 +42,22 @@ def small_run(tmp_path_factory) -> tuple[Path, Path]:
     return store, folder / "run"
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs in this process write no report: drawing its figures takes longer than such a run."""
+    from fcunet import runner
+
+    monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Figures are made but not drawn, for tests of what a report says in words."""
+    from fcunet import plot
+
+    monkeypatch.setattr(plot, "to_png", lambda figure, dpi=0: b"\x89PNG")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium that reaches this machine only."""

@@ -119,7 +119,7 @@ def test_read_peaks__takes_the_table_that_export_writes(tmp_path, peaks, suffix)
     assert found["scan_x"].attrs["units"] == "nm"
 
 
-def test_strain_from_file__is_that_of_the_peaks(tmp_path, peaks):
+def test_strain_from_file__is_that_of_the_peaks(tmp_path, peaks, blank_pictures):
     write_0_13(tmp_path / "old.h5", peaks)
     runner = CliRunner()
     out = tmp_path / "run"

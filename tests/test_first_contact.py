@@ -79,19 +79,19 @@ def test_comparison__of_an_empty_run_and_one_of_a_row(empty, one_row, tmp_path):
     assert "A has 2 x 3 positions and B 1 x 10, and they cannot be matched" in text
 
 
-def test_moved__report_says_that_the_scan_is_gone_and_has_all_else(moved):
+def test_moved__report_says_that_the_scan_is_gone_and_has_all_else(moved, blank_pictures):
     page = write_report(moved).read_text()
     assert "The scan is not where it was during the run" in page
     assert page.count("<figure>") >= 6
 
 
 @pytest.mark.slow
-def test_moved__with_its_scan_beside_it_shows_patterns_again(moved, small_run):
+def test_moved__with_its_scan_beside_it_shows_patterns_again(moved, small_run, blank_pictures):
     shutil.copytree(small_run[0], moved.parent / "scan.zarr")
     assert "Patterns with the disks found" in write_report(moved).read_text()
 
 
-def test_peaks_gone__report_is_written_again(moved):
+def test_peaks_gone__report_is_written_again(moved, blank_pictures):
     shutil.rmtree(moved / "peaks.zarr")
     assert runner.rewrite_report(moved).is_file()
 

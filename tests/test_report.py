@@ -116,7 +116,7 @@ def test_report__checks_the_descan_against_the_origins_of_the_lattice(small_run)
 
 
 def test_report__says_when_most_positions_have_no_lattice(tmp_path):
-    tree = results(missing=True)
+    tree = results(1, 3, missing=True)
     tree["strain"] = tree["strain"].dataset.assign(valid=tree["strain"]["e_xx"].notnull())
     write_results(tmp_path / "strain.zarr", tree)
     assert "Only 0 % of the positions have a lattice" in write_report(tmp_path).read_text()
@@ -172,14 +172,16 @@ def test_comparison__lists_the_settings_that_differ_and_no_others(comparison):
     assert "detection.method" not in rows
 
 
-def test_comparison__of_a_region_takes_the_positions_both_have(small_run, tmp_path):
+def test_comparison__of_a_region_takes_the_positions_both_have(small_run, tmp_path, blank_pictures):
     part = changed_run(small_run[1], tmp_path / "part", region=(2, 6, 3, 9))
     rows = rows_of(write_comparison(small_run[1], part, tmp_path / "two.html"))
     assert rows["e_xx"][:2] == ["+0.00", "0.00"]
     assert rows["positions"] == ["6 x 10", "4 x 6"]
 
 
-def test_comparison__of_scans_of_other_shapes_compares_summaries(run_dir, small_run, tmp_path):
+def test_comparison__of_scans_of_other_shapes_compares_summaries(
+    run_dir, small_run, tmp_path, blank_pictures
+):
     path = write_comparison(run_dir, small_run[1], tmp_path / "two.html")
     words = " ".join(Page(path.read_text()).words)
     assert "A has 6 x 9 positions and B 6 x 10, and they cannot be matched" in words

@@ -25,10 +25,7 @@ SCAN = (12, 20)
 BLOCK = (4, 4)
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Of the runs in this process only that of `finished` draws figures, which are not the subject."""
-    monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,9 @@ def client():
 def finished(store, client, tmp_path_factory):
     """An uninterrupted run, and its results."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, runner.run(config(store, out), client=client, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_write_report", lambda out: out / "report.html")
+        return out, runner.run(config(store, out), client=client, progress=False)
 
 
 def config(store, out, **settings):
@@ -70,10 +69,11 @@ def assert_same_bytes(a, b):
     assert [n for n in first if first[n] != second[n]] == []
 
 
-def test_run__leaves_everything_in_the_run_directory(finished):
+def test_run__leaves_everything_in_the_run_directory(finished, small_run):
     out, tree = finished
     names = {p.name for p in out.iterdir()}
-    assert {"peaks.zarr", "strain.zarr", "config.yaml", "run.log", "summary.json", "report.html"} <= names
+    assert {"peaks.zarr", "strain.zarr", "config.yaml", "run.log", "summary.json"} <= names
+    assert {"report.html", "strain.png"} <= {p.name for p in small_run[1].iterdir()}
     assert "run.lock" not in names
     assert not [n for n in names if "partial" in n]
     assert set(tree.children) == {"strain", "lattice", "virtual", "diffraction"}
@@ -249,26 +249,33 @@ def test_rerun_strain__without_a_run_says_how_to_make_one(tmp_path):
         runner.rerun_strain(tmp_path)
 
 
-# a run in a process of its own, to be killed
+# a run in a process of its own, to be killed; it can be made to take some time for each block
 _SCRIPT = """
-import sys
+import sys, time
+from fcunet import runner, tiles
 from fcunet.config import Config
-from fcunet.runner import RunStopped, run
+
+def slow_tile(job, iy, ix):
+    time.sleep(float(sys.argv[2]))
+    return tiles.process_tile(job, iy, ix)
+
 if __name__ == "__main__":
+    runner._write_report = lambda out: out / "report.html"
+    tiles.submitted = slow_tile
     try:
-        run(Config.load(sys.argv[1]))
-    except RunStopped as err:
+        runner.run(Config.load(sys.argv[1]))
+    except runner.RunStopped as err:
         sys.exit(f"{err}")
 """
 
 
-def start(store, out, tmp_path):
+def start(store, out, tmp_path, wait=0.0):
     script, settings = tmp_path / "script.py", tmp_path / "config.yaml"
     script.write_text(_SCRIPT)
     chosen = config(store, out, workers=1, dashboard_address="127.0.0.1:0")
     settings.write_text(chosen.to_yaml())
     return subprocess.Popen(
-        [sys.executable, str(script), str(settings)],
+        [sys.executable, str(script), str(settings), str(wait)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -287,7 +294,7 @@ def wait_for_blocks(process, out, n):
 
 
 @pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(12, marks=pytest.mark.slow)])
-def test_run__killed_at_any_moment_ends_with_the_same_bytes(kills, finished, store, tmp_path):
+def test_run__killed_at_any_moment_ends_with_the_same_bytes(kills, finished, store, client, tmp_path):
     out = tmp_path / "run"
     rng = np.random.default_rng(kills)
     goals = np.sort(rng.integers(0, 15, kills))
@@ -297,35 +304,30 @@ def test_run__killed_at_any_moment_ends_with_the_same_bytes(kills, finished, sto
         time.sleep(rng.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL) if reached else None
         process.communicate()
-    process = start(store, out, tmp_path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    runner.run(config(store, out), client=client, progress=False)
     assert_same_bytes(out, finished[0])
     assert not list(out.rglob("*.partial*"))
 
 
-def test_run__sigterm_drains_and_says_how_to_go_on(finished, store, tmp_path):
-    for attempt in range(5):  # 15 small blocks may be done before the signal is noticed
-        out = tmp_path / f"run{attempt}"
-        process = start(store, out, tmp_path)
-        assert wait_for_blocks(process, out, 1)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-        if process.returncode:
-            break
+def test_run__sigterm_drains_and_says_how_to_go_on(finished, store, client, tmp_path):
+    out = tmp_path / "run"
+    process = start(store, out, tmp_path, wait=0.3)
+    assert wait_for_blocks(process, out, 1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"continues: fcunet run {store} --out {out}" in errors
     done = int((read_status(out / "peaks.zarr") == 1).sum())
     assert f"stopped with {done} of 15 blocks done" in errors
     assert not (out / "run.lock").exists()
-    runner.run(config(store, out), progress=False)
+    runner.run(config(store, out), client=client, progress=False)
     assert_same_bytes(out, finished[0])
 
 
 @pytest.mark.slow
 def test_run__ctrl_c_to_the_whole_group_drains_too(finished, store, tmp_path):
     out = tmp_path / "run"
-    process = start(store, out, tmp_path)
+    process = start(store, out, tmp_path, wait=0.3)
     assert wait_for_blocks(process, out, 1)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
