@@ -3,8 +3,10 @@
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +17,8 @@ from zarr.codecs import BloscCodec
 from .provenance import to_json
 from .remote import Place, Remote, place
 
+ZARRS = "zarrs.ZarrsCodecPipeline"
+_OPENING = threading.Lock()  # Zarr takes the pipeline from a setting of the whole process
 # counts: bit planes above the largest count are zeros and cost nothing; floats: sorted by byte
 COUNT_CODEC = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 FLOAT_CODEC = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
@@ -92,7 +96,21 @@ def open_array(path: str | Place, name: str, mode: Any = "r") -> zarr.Array:
 
 @lru_cache(maxsize=256)
 def _open_array_cached(path: Place, name: str, mode: Any, _stamp: int) -> zarr.Array:
-    return zarr.open_array(zarr_location(path), path=name, mode=mode)
+    with _OPENING, zarr.config.set({"codec_pipeline.path": codec_pipeline(path, name, mode)}):
+        return zarr.open_array(zarr_location(path), path=name, mode=mode)
+
+
+def codec_pipeline(path: Place, name: str, mode: str = "r") -> str:
+    """What handles the chunks of an array: `zarrs` (Rust), if installed, to read patterns from a disk.
+
+    It reads 1.3 to 1.45 times as fast (``python -m benchmarks.storage``). Writing stays with Zarr's own,
+    which gives a shard its name when it is complete: after a kill there are whole shards only.
+    """
+    if name == "intensity" and mode == "r" and isinstance(path, Path):
+        format_3 = (path / name / "zarr.json").exists()
+        if format_3 and find_spec("zarrs") is not None:
+            return ZARRS
+    return str(zarr.config.get("codec_pipeline.path"))
 
 
 def put_array(

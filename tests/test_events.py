@@ -5,7 +5,8 @@ import pytest
 
 from fcunet.convert import convert
 from fcunet.readers.detect import open_source
-from fcunet.store import open_datacube
+from fcunet.readers.events import Events
+from fcunet.store import block_grid, open_datacube
 
 h5py = pytest.importorskip("h5py")
 
@@ -65,6 +66,19 @@ def test_convert__events_become_a_datacube(tmp_path):
     convert(write_events(tmp_path / "a.h5", as_lists(LISTS), POSITIONS), tmp_path / "a.zarr")
     with open_datacube(tmp_path / "a.zarr") as cube:
         np.testing.assert_array_equal(cube["intensity"].values, dense(LISTS, POSITIONS).reshape(2, 3, 6, 5))
+
+
+def test_convert__no_more_than_one_block_of_events_is_dense_at_once(tmp_path, monkeypatch):
+    sizes, read = [], Events.__getitem__
+
+    def watched(self, key):
+        part = read(self, key)
+        sizes.append(part.size // 30)
+        return part
+
+    monkeypatch.setattr(Events, "__getitem__", watched)
+    convert(write_events(tmp_path / "a.h5", [[3]] * 64, range(64), scan=(8, 8)), tmp_path / "a.zarr")
+    assert max(sizes) <= np.prod(block_grid(tmp_path / "a.zarr").block_shape) < 64
 
 
 def test_events__outside_the_detector_or_the_scan_are_refused(tmp_path):

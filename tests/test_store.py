@@ -16,7 +16,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcunet import schema, store
+from fcunet import schema, store, zarrfolder
 from fcunet.provenance import fingerprint, provenance
 
 RNG = np.random.default_rng(20)
@@ -108,6 +108,26 @@ def test_block_grid__of_store_and_of_opened_dataset_agree(path):
 
 
 # ---- datacube
+
+
+@pytest.mark.parametrize("package", ["zarrs", None])
+def test_open_datacube__reads_the_same_with_and_without_the_rust_codecs(package, path, monkeypatch):
+    if package is not None:
+        pytest.importorskip(package)
+    monkeypatch.setattr(zarrfolder, "find_spec", lambda name: package)
+    zarrfolder._open_array_cached.cache_clear()
+    expected, opened = cube().intensity.values, store.open_datacube(path).intensity
+    np.testing.assert_array_equal(opened.values, expected)
+    np.testing.assert_array_equal(opened[2, 3].values, expected[2, 3])
+    np.testing.assert_array_equal(opened[[0, 4], 1:3].values, expected[[0, 4], 1:3])
+    pipeline = type(zarrfolder.open_array(path, "intensity")._async_array.codec_pipeline).__name__
+    assert pipeline == ("ZarrsCodecPipeline" if package else "BatchedCodecPipeline")
+    writes = zarrfolder.open_array(path, "intensity", mode="r+")
+    assert type(writes._async_array.codec_pipeline).__name__ == "BatchedCodecPipeline"
+    shards(path)[1].write_bytes(b"nonsense" * 100)
+    with pytest.raises(store.DamagedBlockError, match="does not decode"):
+        store.open_datacube(path).intensity.values  # noqa: B018
+    zarrfolder._open_array_cached.cache_clear()
 
 
 def test_open_datacube__gives_back_what_was_written(path):
