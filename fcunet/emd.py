@@ -84,7 +84,9 @@ def py4dstem_strain(results: xr.DataTree) -> dict[str, np.ndarray]:
     names = schema.LATTICE_PARAMETERS[2:]
     g = np.stack([lattice[name].values for name in names], -1).astype(np.float64)
     g = g.reshape(*g.shape[:-1], 2, 2)
-    g_ref = np.array([strain.attrs["g1_ref_px"], strain.attrs["g2_ref_px"]], dtype=np.float64)
+    vectors = [strain.attrs.get(f"g{i}_ref_px") for i in (1, 2)]
+    # where no position has a lattice there is no reference either: all strain is NaN, whatever it is held to
+    g_ref = np.eye(2) if None in vectors else np.array(vectors, dtype=np.float64)
     ratio, angle = strain.attrs.get("ellipse_ratio", 1.0), strain.attrs.get("ellipse_angle_degree", 0.0)
     g, g_ref = (undistort_lattice(v, None, Ellipse(float(ratio), float(angle)))[0] for v in (g, g_ref))
     F = rotate_frame(

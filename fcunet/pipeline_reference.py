@@ -180,6 +180,11 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, 
         part, where = lattice.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
     g = np.stack([part[name].values for name in VECTORS], -1).reshape(-1, 4)
     n = int(np.isfinite(g).all(1).sum())
+    if not n and not lattice["g1_qy"].notnull().any():
+        raise ValueError(
+            "no position of the scan has a lattice, so there is no strain; see what is found in some "
+            "patterns, and with which settings more is: fcunet preview SCAN.zarr"
+        )
     if not n:
         raise ValueError(
             f"no position of the reference ({where}) has a lattice; choose another region: "

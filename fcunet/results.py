@@ -140,7 +140,8 @@ def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> list[t
         lattices = [lattice.compute() for lattice in fit_lattices(peaks, **given)]
     except NoLatticeError as err:
         logger.warning("no strain: %s", err)
-        lattices, settings = [_no_lattice(peaks)], _UNIT_REFERENCE.model_dump()
+        lattice = _no_lattice(peaks)
+        return [(lattice, _no_strain(lattice))]
     first = lattices[0]
     out = [(first, compute_strain(_in_bands(first), **settings).compute())]
     for other in lattices[1:]:
@@ -229,7 +230,22 @@ _UNIT_REFERENCE = StrainConfig(reference=((1.0, 0.0), (0.0, 1.0)))  # of nothing
 def _no_lattice(peaks: xr.Dataset) -> xr.Dataset:
     """A lattice dataset without any lattice: NaN everywhere, because no pattern can have enough peaks."""
     nothing = peaks.assign({name: xr.full_like(peaks[name], np.nan) for name in ("peak_qy", "peak_qx")})
-    return fit_lattice(nothing, basis=_UNIT_REFERENCE.reference, origin=(0.0, 0.0)).compute()
+    lattice = fit_lattice(nothing, basis=_UNIT_REFERENCE.reference, origin=(0.0, 0.0)).compute()
+    return _without(lattice, "basis_px", "bases_px", "basis_source", "origin_px", "max_peak_spacing_px")
+
+
+def _no_strain(lattice: xr.Dataset) -> xr.Dataset:
+    """The strain of no lattice: NaN everywhere."""
+    strain = compute_strain(lattice, **_UNIT_REFERENCE.model_dump()).compute()
+    strain.attrs["reference"] = "none, for no position has a lattice"
+    return _without(strain, "g1_ref_px", "g2_ref_px")
+
+
+def _without(dataset: xr.Dataset, *names: str) -> xr.Dataset:
+    """Without attributes that would say what was never measured."""
+    return dataset.drop_attrs(deep=False).assign_attrs(
+        {k: v for k, v in dataset.attrs.items() if k not in names}
+    )
 
 
 def public_settings(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 from flat_scan import draw_datacube
 from test_cli import call
+from test_notebooks import FOLDER, execute
 
 import fcunet
 from fcunet import runner
@@ -64,6 +65,13 @@ def test_one_row__has_a_report_figures_and_numbers(one_row):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the kernel is another process: only its errors count
+@pytest.mark.parametrize("name", ["02_your_own_data", "06_conventions"])
+def test_one_row__goes_through_the_notebooks(name, one_row, monkeypatch):
+    assert execute(FOLDER / f"{name}.ipynb", one_row.parent / "scan.zarr", one_row, monkeypatch)
+
+
+@pytest.mark.slow
 def test_empty__says_so_everywhere(empty):
     page = (empty / "report.html").read_text()
     assert "Only 0 % of the positions have a lattice" in page
@@ -71,6 +79,9 @@ def test_empty__says_so_everywhere(empty):
     results = fcunet.open_results(empty)
     assert "0.0 %" in results.fcunet._repr_html_()
     assert np.isnan(results.fcunet.at(1, 1)["strain"]["e_xx"])
+    assert not fcunet.plot.bragg_vector_map(results).axes[0].get_xlabel()  # no vectors
+    with pytest.raises(ValueError, match=r"no position of the scan has a lattice.*fcunet preview"):
+        fcunet.compute_strain(results["lattice"].to_dataset(), reference=(0, 1, 0, 1))
 
 
 @pytest.mark.slow

@@ -210,6 +210,8 @@ def test_compute_strain__says_when_the_reference_has_no_lattice(peaks):
     fitted = fit_lattice(peaks.where(peaks["scan_x"] > 4))
     with pytest.raises(ValueError, match="no position of the reference"):
         compute_strain(fitted, reference=(0, 8, 0, 2))
+    with pytest.raises(ValueError, match=r"no position of the scan has a lattice.*fcunet preview"):
+        compute_strain(fitted.isel(scan_x=slice(0, 3)))
 
 
 def test_compute_strain__error_bars_include_the_reference():

@@ -85,6 +85,14 @@ def test_figures_of_two_runs__are_drawn_for_every_kind_of_scan(name, shape):
     assert plot.to_png(figure, dpi=40).startswith(b"\x89PNG")
 
 
+def test_line__shows_what_a_map_would_leave_to_the_end_of_its_colours():
+    tree = results(1, 9)
+    tree["virtual"] = tree["virtual"].dataset.assign(bf=(SCAN, np.array([[100.0] * 8 + [900.0]])))
+    low, high = plot.virtual(tree).axes[0].get_ylim()
+    assert low < 100
+    assert high > 900
+
+
 def test_two_runs__of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="A has 6 x 9 of them and B 1 x 9"):
         plot.two_runs(results(), results(1, 9))

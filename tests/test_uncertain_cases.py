@@ -13,6 +13,7 @@ from flat_scan import draw_datacube
 from fcunet import runner, schema
 from fcunet.cluster import connect
 from fcunet.config import Config
+from fcunet.emd import py4dstem_strain
 from fcunet.store import Layout, open_peaks, read_status, write_datacube
 
 METHODS = ("correlation", "fcunet")
@@ -45,6 +46,10 @@ def assert_no_lattice_anywhere(tree):
     for component in schema.STRAIN_COMPONENTS:
         assert np.isnan(tree[f"strain/{component}"].values).all()
     assert (tree["lattice/n_indexed"].values == 0).all()
+    assert tree["strain"].attrs["reference"] == "none, for no position has a lattice"
+    assert "g1_ref_px" not in tree["strain"].attrs  # nothing is said of what was never measured
+    assert "basis_px" not in tree["lattice"].attrs
+    assert np.isnan(py4dstem_strain(tree)["e_xx"]).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

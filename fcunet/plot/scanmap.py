@@ -91,12 +91,15 @@ def draw_map(
             ax.fill_between(at, values.ravel() - band, values.ravel() + band, color=SKY, alpha=0.35, lw=0)
         ax.plot(at, values.ravel(), ".-", color=BLUE, ms=4, lw=1)
         ax.axhline(0, color=theme().faint, lw=0.6, zorder=0)
-        if limits[0] < limits[1] and np.isfinite(values).any():
-            ax.set_ylim(*limits)
+        finite = values[np.isfinite(values)]
+        if limits[0] < limits[1] and finite.size:  # the limits of a map leave out outliers; a line shows all
+            bottom, top = min(limits[0], finite.min()), max(limits[1], finite.max())
+            room = 0.04 * (top - bottom)
+            ax.set_ylim(bottom - room * (finite.min() <= bottom), top + room * (finite.max() >= top))
         ax.set_xlim(low, high)
         ax.set_xlabel(f"{dim} ({'position' if unit == schema.UNIT_PIXEL else unit})")
         ax.set_ylabel(label)
-        if not np.isfinite(values).any():
+        if not finite.size:
             say_missing(ax)
         return
     box, unit = extent(array)
