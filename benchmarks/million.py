@@ -198,7 +198,7 @@ def draw(rows: list[list[dict]], facts: dict, path: Path) -> None:
     bottom.annotate("SIGKILL", (killed, 0.05), color="C3", xytext=(4, 0), textcoords="offset points")
     top.set_ylabel("resident memory (MiB)")
     top.set_ylim(0)
-    top.legend(fontsize=8, ncols=2, loc="center right")
+    top.legend(fontsize=8, ncols=2, loc="upper left")
     bottom.set_ylabel("patterns done (million)")
     bottom.set_xlabel("time (min)")
     bottom.set_ylim(0)

@@ -12,7 +12,9 @@ per task here; the other numbers are assumptions, printed with the table.
 import argparse
 import heapq
 import json
+import os
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,10 +104,8 @@ def table(pools: dict[str, Pool]) -> str:
     return "\n".join(lines)
 
 
-def measure_dispatch(tasks: int = 500) -> float:
-    """CPU seconds of driver and scheduler per task that does nothing."""
-    import time
-
+def measure_dispatch(tasks: int = 1000, in_flight: int = 4) -> float:
+    """CPU seconds of driver and scheduler per task that does nothing; many at once share messages."""
     from dask.distributed import as_completed
 
     from fcunet.cluster import connect
@@ -113,17 +113,30 @@ def measure_dispatch(tasks: int = 500) -> float:
     with connect("local", workers=1, dashboard_address="127.0.0.1:0") as client:
         client.submit(abs, 0, pure=False).result()
         start = time.process_time()
-        waiting = as_completed([client.submit(abs, n, pure=False) for n in range(4)])
+        waiting = as_completed([client.submit(abs, n, pure=False) for n in range(in_flight)])
         for n, _ in enumerate(waiting):
-            if n + 4 < tasks:
+            if n + in_flight < tasks:
                 waiting.add(client.submit(abs, n, pure=False))
         return (time.process_time() - start) / tasks
 
 
+def _warm() -> None:
+    """What a worker loads once."""
+    import fcunet.blocks  # noqa: F401
+
+
 def measure(side: int = 64, size: int = 128) -> dict[str, dict[str, float]]:
-    """Runs over one store with one and two workers of one thread: CPU and wall seconds per block."""
+    """Runs over one store with one and two workers of one thread.
+
+    With other work on the machine the wall clock says little: the CPU time of the workers per pattern shows
+    what they cost one another.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
     from benchmarks.disks import simulate_disks
     from fcunet import runner
+    from fcunet.cluster import DASK_SETTINGS
     from fcunet.config import Config
     from fcunet.datacube import DatacubeWriter
     from fcunet.layout import Layout
@@ -140,18 +153,25 @@ def measure(side: int = 64, size: int = 128) -> dict[str, dict[str, float]]:
             writer.write_variable("probe", some.probe)
         for workers in (1, 2):
             where = Path(folder, f"run{workers}")
-            config = Config.load(
-                store=path, out=where, method="correlation", device="cpu", workers=workers, threads=1
-            )
-            runner.run(config, progress=False)
+            config = Config.load(store=path, out=where, method="correlation", device="cpu")
+            with (
+                dask.config.set(DASK_SETTINGS),
+                LocalCluster(workers, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+                Client(cluster) as client,
+            ):
+                client.run(_warm)
+                before = sum(client.run(time.process_time).values())
+                runner.run(config, client=client, progress=False)
+                cpu = sum(client.run(time.process_time).values()) - before
             summary = json.loads((where / "summary.json").read_text())
             out[str(workers)] = {
                 "patterns_per_s": summary["patterns_per_s"],
-                "busy_s": sum(summary["worker_seconds"].values()),
+                "cpu_ms_per_pattern": 1e3 * cpu / summary["patterns"],
             }
+    one, two = out["1"], out["2"]
     out["efficiency"] = {
-        "wall": out["2"]["patterns_per_s"] / (2 * out["1"]["patterns_per_s"]),
-        "work": out["1"]["busy_s"] / out["2"]["busy_s"],
+        "wall": two["patterns_per_s"] / (2 * one["patterns_per_s"]),
+        "cpu": one["cpu_ms_per_pattern"] / two["cpu_ms_per_pattern"],
     }
     return out
 
@@ -173,8 +193,13 @@ def main() -> None:
     assumed = ", ".join(f"{k} {v:g}" for k, v in vars(one).items())
     (RESULTS / "scaling.md").write_text(f"Simulated; of one worker: {assumed}\n\n{text}\n")
     if args.measure:
-        print(f"driver and scheduler: {1e3 * measure_dispatch():.2f} ms per task")
-        print(json.dumps(measure(), indent=1))
+        found: dict = {
+            "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            "dispatch_ms": {str(n): round(1e3 * measure_dispatch(in_flight=n), 2) for n in (4, 64, 256)},
+        }
+        found |= measure()
+        print(json.dumps(found, indent=1))
+        (RESULTS / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .zarrfolder import root_attrs
 logger = logging.getLogger(__name__)
 
 PEAKS, RESULTS = "peaks.zarr", "strain.zarr"
-_BAND = 2**16  # positions
+_BAND = 2**15  # positions done at a time
 
 
 def analyse(out: Path, config: Config, say: Callable[[str], None], device: str | None = None) -> xr.DataTree:
@@ -137,21 +137,50 @@ def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> list[t
     settings = config.strain.model_dump()
     given = config.lattice.model_dump() | ({"basis": basis} if basis is not None else {})
     try:
-        lattices = [lattice.compute() for lattice in fit_lattices(peaks, **given)]
+        lattices = _computed(fit_lattices(peaks, **given))
     except NoLatticeError as err:
         logger.warning("no strain: %s", err)
         lattice = _no_lattice(peaks)
         return [(lattice, _no_strain(lattice))]
     first = lattices[0]
-    out = [(first, compute_strain(_in_bands(first), **settings).compute())]
+    out = [(first, _computed([compute_strain(_in_bands(first), **settings)])[0])]
     for other in lattices[1:]:
         if (other["n_indexed"] > 0).any():
             try:
                 strain = compute_strain(_in_bands(other), among=first, **settings)
             except ValueError:  # another crystal: what is said of the first does not hold for it
                 strain = compute_strain(_in_bands(other), among=first, measure=settings["measure"])
-            out.append((other, strain.compute()))
+            out.append((other, _computed([strain])[0]))
     return out
+
+
+def _computed(datasets: list[xr.Dataset]) -> list[xr.Dataset]:
+    """Lazy maps of one scan, computed together in bands of rows, each put in its place at once.
+
+    Left to itself, Dask holds all blocks twice while it joins them, and computes for each dataset anew what
+    they share.
+    """
+    lazy = [[name for name, array in one.data_vars.items() if array.chunks is not None] for one in datasets]
+    if not any(lazy):
+        return datasets
+    whole = [one.drop_vars(names).compute() for one, names in zip(datasets, lazy, strict=True)]
+    for own, one, names in zip(whole, datasets, lazy, strict=True):
+        for name in names:
+            array = one[name].transpose(*schema.SCAN_DIMS, ...)
+            own[name] = (array.dims, np.empty(array.shape, array.dtype), array.attrs)
+    edges = np.cumsum((0, *datasets[0].chunksizes[schema.SCAN_DIMS[0]]))
+    rows = max(1, _BAND // max(1, datasets[0].sizes[schema.SCAN_DIMS[1]]))
+    start = 0
+    for stop in edges[1:]:
+        if stop - start < rows and stop < edges[-1]:
+            continue
+        band = {schema.SCAN_DIMS[0]: slice(start, stop)}
+        parts = dask.compute(*(one[names].isel(band) for one, names in zip(datasets, lazy, strict=True)))
+        for own, part, names in zip(whole, parts, lazy, strict=True):
+            for name in names:
+                own[name].values[start:stop] = part[name].transpose(*schema.SCAN_DIMS, ...).values
+        start = stop
+    return [own[list(one.data_vars)] for own, one in zip(whole, datasets, strict=True)]
 
 
 def _in_bands(lattice: xr.Dataset) -> xr.Dataset:

@@ -12,11 +12,11 @@ import pytest
 import xarray as xr
 from flat_scan import draw_datacube
 
-from fcunet import runner, schema, tiles
+from fcunet import results, runner, schema, tiles
 from fcunet.cluster import DASK_SETTINGS, connect
 from fcunet.config import Config
 from fcunet.lock import RunLock, RunLockedError
-from fcunet.pipeline import find_peaks
+from fcunet.pipeline import find_peaks, fit_lattices
 from fcunet.store import Layout, open_datacube, open_peaks, read_status, write_datacube
 from fcunet.tiles import load_calibration
 
@@ -353,3 +353,11 @@ def test_run__gives_up_only_the_tile_that_kills_its_workers(store, tmp_path, mon
     assert np.argwhere(status == schema.STATUS_FAILED).tolist() == [[1, 1]]
     assert tree.attrs["n_blocks_failed"] == 1
     assert "died" in (out / "summary.json").read_text()
+
+
+def test_computed__does_not_depend_on_the_bands(small_run, monkeypatch):
+    peaks = open_peaks(small_run[1] / "peaks.zarr").chunk(scan_y=2, scan_x=5)
+    lazy = fit_lattices(peaks, max_lattices=2)
+    monkeypatch.setattr(results, "_BAND", 30)  # two rows of blocks, and what is left
+    for banded, at_once in zip(results._computed(lazy), lazy, strict=True):
+        xr.testing.assert_identical(banded, at_once.compute())
