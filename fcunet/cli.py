@@ -4,21 +4,18 @@ Options that are settings (`fcunet.config`) are generated from them: names, help
 Nothing heavy is imported before a command needs it: ``fcunet --help`` answers at once.
 """
 
-import inspect
 import itertools
 import json
 import logging
 import sys
-import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__
-from .config import SECTIONS, Config, is_url, parse_option
+from .config import Config, is_url, parse_option
+from .options import pair, pair_from_zero, quantity, with_settings
 
 app = typer.Typer(
     name="fcunet",
@@ -37,64 +34,6 @@ StorageOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="run directory, or the peaks.zarr / strain.zarr in it")]
 SettingsOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings")]
-
-
-def _option_type(annotation: Any) -> Any:
-    """What typer is told about a setting: itself if it is simple, else text that the setting parses."""
-    members = [a for a in typing.get_args(annotation) if a is not types.NoneType]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = members[0] if len(members) == 1 else str
-    return (
-        annotation
-        if annotation in (int, float, bool, str) or typing.get_origin(annotation) is typing.Literal
-        else str
-    )
-
-
-def _extra(field: Any) -> dict[str, Any]:
-    """What a setting says of itself beyond its type: the word for its default."""
-    extra = field.json_schema_extra
-    return extra if isinstance(extra, dict) else {}
-
-
-def with_settings(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add one option per setting of `sections`; those given arrive in the command's ``settings``."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.name != "settings"]
-        generated = []
-        for section in sections:
-            for name, field in SECTIONS[section].model_fields.items():
-                default = "measured" if field.default is None else field.default
-                default = _extra(field).get("default", default)
-                text = f"{field.description or ''} [{default}]".strip()
-                flag = "--" + name.replace("_", "-")
-                option = typer.Option(flag, help=text, rich_help_panel=None, show_default=False)
-                kind = _option_type(field.annotation)
-                if kind is bool:
-                    option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)
-                generated.append(
-                    inspect.Parameter(
-                        name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=None,
-                        annotation=Annotated[kind | None, option],
-                    )
-                )
-        names = {p.name for p in generated}
-
-        def run(**arguments: Any) -> None:
-            settings = {n: arguments.pop(n) for n in names & set(arguments)}
-            command(**arguments, settings={n: v for n, v in settings.items() if v is not None})
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + generated
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
-
-    return decorate
 
 
 def _version(value: bool) -> None:
@@ -117,33 +56,6 @@ def _common(
 
 
 _state = {"verbose": False}
-
-
-def _pair(text: str, name: str) -> tuple[int, int]:
-    """``"24,48"`` as two positive integers."""
-    try:
-        first, second = (int(v) for v in text.replace("x", ",").split(","))
-    except ValueError:
-        raise ValueError(f"--{name} is {text!r}; write two whole numbers, such as --{name} 64,64") from None
-    if first < 1 or second < 1:
-        raise ValueError(f"--{name} is {text!r}; both numbers must be at least 1")
-    return first, second
-
-
-def _quantity(text: str | None, name: str, units: tuple[str, ...]) -> tuple[float, str] | None:
-    """``"2.0 nm"`` or ``"2.0"`` as a number and a unit; the first of `units` is the default."""
-    if text is None:
-        return None
-    number, _, unit = text.strip().partition(" ")
-    try:
-        value = float(number)
-    except ValueError:
-        raise ValueError(
-            f"--{name} is {text!r}; write a number and a unit, such as '0.02 {units[0]}'"
-        ) from None
-    if (unit or units[0]) not in units:
-        raise ValueError(f"--{name} has the unit {unit!r}; known are {', '.join(units)}")
-    return value, unit or units[0]
 
 
 def _where(store: str, storage_option: list[str] | None) -> dict[str, Any]:
@@ -170,7 +82,7 @@ def demo(
 
     run_demo(
         out,
-        scan=_pair(scan, "scan"),
+        scan=pair(scan, "scan"),
         detector=detector,
         dose=dose,
         workers=workers,
@@ -194,7 +106,7 @@ def simulate(
     from .store import write_datacube
 
     dataset, truth = simulate_scan(
-        scan=_pair(scan, "scan"),
+        scan=pair(scan, "scan"),
         detector=detector,
         sample=sample,
         dose=dose,
@@ -239,12 +151,12 @@ def convert(
     result = convert_scan(
         source,
         out,
-        scan_shape=_pair(scan_shape, "scan-shape") if scan_shape else None,
-        detector_shape=_pair(detector_shape, "detector-shape") if detector_shape else None,
+        scan_shape=pair(scan_shape, "scan-shape") if scan_shape else None,
+        detector_shape=pair(detector_shape, "detector-shape") if detector_shape else None,
         dtype=dtype,
         offset=offset,
-        scan_step=_quantity(scan_step, "scan-step", ("nm", "angstrom", "um")),
-        q_pixel=_quantity(q_pixel, "q-pixel", ("1/angstrom", "1/nm", "mrad")),
+        scan_step=quantity(scan_step, "scan-step", ("nm", "angstrom", "um")),
+        q_pixel=quantity(q_pixel, "q-pixel", ("1/angstrom", "1/nm", "mrad")),
         beam_energy_keV=beam_energy_kev,
         convergence_semiangle_mrad=convergence_semiangle_mrad,
         scan_rotation_degree=scan_rotation_degree,
@@ -329,7 +241,7 @@ def calibrate(
     options = {
         "origin": origin, "origin_model": origin_model, "every_position": every_position, "ellipse": ellipse,
         "ring_px": ring_px, "q_pixel": q_pixel, "rotation": rotation, "transposed": transposed,
-        "regions": None if regions is None else _pair(regions, "regions"), "n_patterns": n_patterns,
+        "regions": None if regions is None else pair(regions, "regions"), "n_patterns": n_patterns,
         "settings": loaded.calibration.model_dump(),
     }  # fmt: skip
     if crystal is not None:
@@ -357,7 +269,7 @@ def preview(
     from .preview import preview as preview_store
     from .remote import Remote, scan_of
 
-    positions = [_pair_from_zero(text) for text in at] if at else None
+    positions = [pair_from_zero(text) for text in at] if at else None
     loaded = Config.load(config, **_where(store, storage_option), **settings)
     scan = scan_of(loaded)
     beside = Path() if isinstance(scan, Remote) else scan.parent
@@ -366,14 +278,6 @@ def preview(
     for line in facts["lines"]:
         typer.echo(line)
     typer.echo(f"wrote     {figure}   next: fcunet run {store}")
-
-
-def _pair_from_zero(text: str) -> tuple[int, int]:
-    try:
-        y, x = (int(v) for v in text.split(","))
-    except ValueError:
-        raise ValueError(f"--at is {text!r}; write row,column of the scan, such as --at 3,10") from None
-    return y, x
 
 
 @app.command()
