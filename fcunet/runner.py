@@ -40,7 +40,6 @@ from .cepstral import REAL_SPACE
 from .cluster import connect, job_script, report_health
 from .config import Config, SecondConfig
 from .dashboard import RunPageFeed, page_link
-from .datacube import DamagedBlockError
 from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
@@ -53,6 +52,7 @@ from .remote import Place, Remote, scan_of
 from .results import analyse, public_settings
 from .second import FOLDER as SECOND
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
+from .shards import DamagedBlockError
 from .slurm import read_profile
 from .store import (
     create_peaks,

@@ -8,7 +8,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from . import schema
-from .datacube import DamagedBlockError
+from .shards import DamagedBlockError
 
 N_PATTERNS = 64
 PATCH = 2  # the sample is read in patches of PATCH x PATCH neighbouring positions

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from . import schema
 from .calibration import Calibration
-from .datacube import DamagedBlockError, block_grid
+from .datacube import block_grid
 from .kernels.descan import fit_surface, surface_at
 from .kernels.scanframe import ScanRotation, find_scan_rotation
+from .shards import DamagedBlockError
 
 __all__ = ["centres_of_mass", "measure_scan_rotation"]
 

@@ -25,7 +25,6 @@ import zarr
 from . import accessor, schema
 from .calibration import Calibration
 from .datacube import (
-    DamagedBlockError,
     DatacubeWriter,
     block_grid,
     coordinate,
@@ -38,6 +37,7 @@ from .datacube import (
 from .layout import BlockGrid, Layout, check_blocks, plan_layout
 from .provenance import to_json
 from .remote import Place, Remote, local, place
+from .shards import DamagedBlockError
 from .zarrfolder import FLOAT_CODEC, existing, has_array, open_array, put_array, replace_folder, root_attrs
 
 _ = accessor  # importing it puts .fcunet on datasets and trees

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from .calibrate import RadiusFit, refine_radius, vacuum_probe
 from .calibration import Calibration
-from .datacube import DamagedBlockError
 from .kernels.beam import aligned_mean
 from .kernels.descan import find_centres
 from .kernels.ellipse import Ellipse
 from .kernels.probe import synthetic_probe
 from .sample import Sample
+from .shards import DamagedBlockError
 
 __all__ = ["Templates", "measure_templates"]
 

@@ -101,11 +101,11 @@ def test_explorer__a_position_shows_its_pattern_peaks_and_numbers(explorer):
 
 
 def test_explorer__reads_only_the_pattern_looked_at(explorer, monkeypatch):
-    from fcunet import datacube
+    from fcunet import shards
 
     read = []
     monkeypatch.setattr(
-        datacube._Cube,
+        shards.Cube,
         "__getitem__",
         lambda self, key: read.append(key) or np.zeros((1, 1, 64, 64), np.uint16),
     )
