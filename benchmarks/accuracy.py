@@ -130,7 +130,9 @@ def cached(
     with np.load(path) as stored:
         if float(stored["fingerprint"]) != _fingerprint(counts):
             return None
-        return Peaks(*(torch.as_tensor(stored[k]) for k in Peaks._fields)), float(stored["seconds"])
+        fields = {k: torch.as_tensor(stored[k]) for k in Peaks._fields if k in stored}
+        fields.setdefault("dilation_std", torch.zeros(len(fields["qy"])))
+        return Peaks(**fields), float(stored["seconds"])
 
 
 def keep(

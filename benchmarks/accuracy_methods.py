@@ -189,6 +189,7 @@ def _peer(options: dict, counts: Tensor, probes: Tensor, optics: Tensor) -> tupl
             torch.full_like(qy, torch.nan),
             present.sum(1),
             torch.zeros(len(qy), dtype=bool),
+            torch.zeros(len(qy)),
         ),
         seconds,
     )
@@ -217,7 +218,7 @@ def fit_weights(method: Method, peaks: Peaks, counts: Tensor, radius: float, edg
     with the electrons found there, and T px for its texture, added in quadrature.
     """
     if method.kind == "network" and method.weighting == "sigma":
-        shared = _model(method.options["weights"]).config.dilation_std
+        shared = peaks.dilation_std.numpy()
         return {"sigma": peaks.sigma.numpy(), "weighting": "sigma", "dilation_std": shared}
     if not method.weighting.startswith("noise"):
         return {"sigma": peaks.sigma.numpy(), "weighting": method.weighting}

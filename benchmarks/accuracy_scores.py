@@ -62,7 +62,7 @@ class Strain:
 
 
 def strain_errors(
-    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation_std: float = 0.0
+    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation_std: np.ndarray | float = 0.0
 ) -> Strain:
     """Strain that the lattice fit finds in the peaks of a scan, less the truth; the reference is exact."""
     distorted = scan.g_ref @ scan.distortion.T

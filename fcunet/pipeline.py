@@ -139,10 +139,6 @@ def find_peaks(
         "detector_shape": list(frame),
         "centre": list(map(float, calibration.centre)),
     }
-    if chosen.method == "fcunet":
-        from .nn.weights import shared_dilation_std
-
-        peaks.attrs["shared_dilation_std"] = shared_dilation_std(chosen.weights)
     if np.isfinite(scatter := float(getattr(calibration, "origin_std_px", np.nan))):
         peaks.attrs["origin_std_px"] = scatter
     if datacube.sizes["qy"] > 1 and "qy" in datacube.coords:

@@ -44,9 +44,9 @@ def fit_lattice(
     ----------
     peaks : Dataset
         `peak_qy`, `peak_qx` (scan_y, scan_x, peak), and if there `peak_intensity`, `peak_sigma`, and
-        `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy. The attribute
-        ``shared_dilation_std``, a strain, is what `peak_sigma` leaves out: an error that all peaks of a
-        pattern share. It goes into `covariance` where `weighting` is "sigma".
+        `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy.
+        `shared_dilation_std` (scan_y, scan_x), a strain, is what `peak_sigma` leaves out: an error that all
+        peaks of a pattern share. It goes into `covariance` where `weighting` is "sigma".
     basis : array_like, shape (2, 2) or (n, 2, 2), optional
         Approximate g1, g2 as (y, x) in px, of one lattice or of each that may occur. None: found from a
         sample of the peaks.
@@ -132,6 +132,10 @@ def fit_lattices(
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
     arrays += [peaks[name] for name in optional]
     core = [["peak"]] * len(arrays)
+    if weighting == "sigma" and "shared_dilation_std" in peaks:
+        arrays.append(peaks["shared_dilation_std"])
+        core = [*core, []]
+        optional = [*optional, "shared_dilation_std"]
     if origin is None and {"origin_qy", "origin_qx"} <= set(peaks):
         arrays += [peaks["origin_qy"].astype(float), peaks["origin_qx"].astype(float)]
         core = [*core, [], []]
@@ -141,13 +145,12 @@ def fit_lattices(
     nothing = np.full((1, 1), np.nan)
     has: dict[str, Any] = {name: nothing for name in ("sigma", "intensity") if f"peak_{name}" in optional}
     kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
-    shared = float(peaks.attrs.get("shared_dilation_std") or 0.0) if weighting == "sigma" else 0.0
     known = basis is not None and 1 < len(bases) <= max_lattices
     places = {"max_lattices": int(max_lattices), "in_order": known}
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
-        kwargs={"optional": optional, "bases": bases, "options": options | places, "shared_dilation": shared},
+        kwargs={"optional": optional, "bases": bases, "options": options | places},
         input_core_dims=core,
         output_core_dims=([[]] * 6 + [["parameter", "parameter2"], [], [], [], []]) * max_lattices,
         dask="parallelized",
@@ -169,8 +172,6 @@ def fit_lattices(
         ),
         "min_num_peaks": int(min_num_peaks),
     }
-    if shared:
-        attrs["shared_dilation_std"] = shared
     attrs |= _geometry(peaks)
     names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed", "score", "lattice_id")
     lattices = []
@@ -213,7 +214,6 @@ def _fit_block(
     optional: Sequence[str],
     bases: list[kernel.Basis],
     options: dict,
-    shared_dilation: float,
 ):
     """Plain arrays in, the variables of a lattice out, in the order of :func:`fit_lattice`."""
     given = dict(zip(optional, rest, strict=False))
@@ -233,8 +233,8 @@ def _fit_block(
     out: list[Array] = []
     for fit, number in zip(several.fits, several.lattice_id, strict=True):
         covariance = fit.covariance
-        if shared_dilation:
-            covariance = with_shared_dilation(covariance, fit.g, shared_dilation)
+        if "shared_dilation_std" in given:
+            covariance = with_shared_dilation(covariance, fit.g, given["shared_dilation_std"])
         out += [
             fit.origin[..., 0],
             fit.origin[..., 1],

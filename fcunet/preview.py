@@ -171,9 +171,8 @@ def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Confi
     start = time.perf_counter()
     values = process_block(patterns[None], config.detection, measured, origin=origin, template_index=index)
     seconds = time.perf_counter() - start
-    dims = {"peak_qy": schema.PEAK_DIMS, "peak_qx": schema.PEAK_DIMS}
-    dims |= {"peak_intensity": schema.PEAK_DIMS, "peak_sigma": schema.PEAK_DIMS}
-    peaks = xr.Dataset({name: (d, values[name]) for name, d in dims.items()})
+    kept = (*schema.PEAK_VARIABLES, "shared_dilation_std")
+    peaks = xr.Dataset({name: (schema.PEAKS[name].dims, values[name]) for name in kept})
     cepstral = config.detection.method == "cepstral"
     if cepstral:
         peaks.attrs = {"space": REAL_SPACE, "detector_shape": list(patterns.shape[1:])}

@@ -44,7 +44,7 @@ from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
 from .nn.range import TrainingRange
-from .nn.weights import resolve_weights, shared_dilation_std, training_facts
+from .nn.weights import resolve_weights, training_facts
 from .pipeline import INTENSITY_ATTRS
 from .progress import Progress, duration
 from .provenance import input_fingerprint, provenance
@@ -342,7 +342,6 @@ def _prepare(plan: _Run, known: Calibration | None = None) -> Calibration:
             "weights_name": plan.weights.name if plan.weights else None,
             "intensity_meaning": INTENSITY_ATTRS[plan.config.detection.method]["meaning"],
             "intensity_units": "V" if network else None,
-            "shared_dilation_std": shared_dilation_std(plan.weights) if plan.weights else None,
             "method": plan.config.detection.method,
             "training_range": asdict(TrainingRange.of_weights(training_facts(plan.weights)))
             if plan.weights

@@ -104,6 +104,13 @@ PEAKS = (
     | _table(
         Variable("n_peaks", SCAN_DIMS, "iu", "1", "number of Bragg peaks kept"),
         Variable("truncated", SCAN_DIMS, "b", None, "more peaks were found than the store holds"),
+        Variable(
+            "shared_dilation_std",
+            SCAN_DIMS,
+            "f",
+            "1",
+            "standard deviation of a dilation that all positions of the pattern share beside peak_sigma",
+        ),
     )
     | VIRTUAL
     | _table(Variable("status", BLOCK_DIMS, "iu", None, "0 to do, 1 done, 2 failed"))

@@ -101,6 +101,7 @@ def find_cepstral_peaks(
         packed(sigma),
         there.sum(1),
         maxima.truncated,
+        torch.zeros(len(there), device=there.device),
     )
 
 

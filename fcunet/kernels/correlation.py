@@ -230,7 +230,7 @@ class DiskFinder:
         if not len(patterns):
             empty = patterns.new_empty((0, self.plan.slots), dtype=torch.float32)
             count = empty.new_empty(0, dtype=torch.int64)
-            return Peaks(empty, empty, empty, empty, count, count.bool())
+            return Peaks(empty, empty, empty, empty, count, count.bool(), empty[:, 0])
         at_once = len(patterns)
         if patterns.device.type == "cpu":
             at_once = max(_CPU_PIXELS // (self.shape[0] * self.shape[1]), 1)
@@ -356,7 +356,7 @@ def _refine(found: _Found, n: int, plan: _Plan) -> Peaks:
     padded[:, found.which, found.slot] = torch.stack([found.y + dy, found.x + dx, intensity, sigma])
     order = padded[2].nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices
     qy, qx, intensity, sigma = padded.gather(2, order.expand_as(padded))
-    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated)
+    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, torch.zeros_like(qy[:, 0]))
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

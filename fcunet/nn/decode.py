@@ -80,6 +80,7 @@ def decode(
         sigma,
         found,
         maxima.truncated,
+        torch.zeros_like(qy[:, 0]),
         frame=(height, width),
         slots=found.shape[1],
         edge_boundary=edge_boundary,
@@ -96,6 +97,7 @@ def select_peaks(
     sigma: Tensor,
     found: Tensor,
     truncated: Tensor,
+    dilation_std: Tensor,
     *,
     frame: tuple[int, int],
     slots: int,
@@ -135,4 +137,5 @@ def select_peaks(
         sigma=order(sigma),
         n_peaks=kept.sum(1),
         truncated=truncated,
+        dilation_std=dilation_std,
     )

@@ -64,7 +64,7 @@ def detect(
         relative_to_peak=relative_to_peak,
     )
     if not with_reader:
-        return found
+        return found._replace(dilation_std=found.dilation_std + model.config.dilation_floor)
     assert isinstance(model, FCUNet)
     y, x = found.qy, found.qx
     reading = model.read_disks(patterns, probes, y, x, optics=optics, binning=binning)
@@ -75,6 +75,7 @@ def detect(
         reading.log_sigma.exp(),
         torch.isfinite(y),
         found.truncated,
+        reading.log_dilation_std.exp(),
         frame=(patterns.shape[-2], patterns.shape[-1]),
         slots=max_num_peaks,
         edge_boundary=edge_boundary,

@@ -23,6 +23,7 @@ _POSITION_STEP = 0.25  # radii: what attention knows of positions is rounded to 
 _WAVELENGTHS = (3.0, 200.0)  # radii: shortest and longest of the rotary position code
 _GROUP = 128  # disks that go through a layer together
 _SIGMA_RANGE = (-6.5, -0.3)  # natural log of radii: 0.0015 to 0.74
+_DILATION_RANGE = (-11.0, -4.5)  # natural log of a strain: 1.7e-5 to 1.1e-2
 
 
 class DiskReading(NamedTuple):
@@ -36,11 +37,15 @@ class DiskReading(NamedTuple):
         Natural log of the standard deviation of that, per axis, units of the disk radius.
     root_amplitude : Tensor, shape (n, P)
         sqrt(|V_g| / 4 V); 0 or less at reflections lit by multiple scattering alone.
+    log_dilation_std : Tensor, shape (n,)
+        Natural log of the standard deviation of a dilation that all positions of the pattern share beside
+        their own errors, a strain.
     """
 
     offset: Tensor
     log_sigma: Tensor
     root_amplitude: Tensor
+    log_dilation_std: Tensor
 
 
 def cut_disks(images: Tensor, y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
@@ -239,8 +244,10 @@ class DiskReader(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.position = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 3))
         self.amplitude = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        self.dilation = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        starts = ((self.position, (0.0, 0.0, 1.0)), (self.amplitude, (0.6,)), (self.dilation, (0.8,)))
         with torch.no_grad():
-            for head, start in ((self.position, (0.0, 0.0, 1.0)), (self.amplitude, (0.6,))):
+            for head, start in starts:
                 last = head[-1]
                 assert isinstance(last, nn.Linear)
                 last.weight.mul_(0.1)
@@ -276,7 +283,12 @@ class DiskReader(nn.Module):
         present = torch.isfinite(y)
         if slots == 0 or not bool(present.any()):
             nothing = patterns.new_zeros(n, slots)
-            return DiskReading(nothing[..., None].expand(n, slots, 2), nothing, nothing)
+            return DiskReading(
+                nothing[..., None].expand(n, slots, 2),
+                nothing,
+                nothing,
+                patterns.new_full((n,), _DILATION_RANGE[1]),
+            )
         radius = radius.expand(n)
         owner = torch.arange(n, device=y.device)[:, None].expand(n, slots)[present]  # (D,)
         disk_y, disk_x, disk_radius = y[present], x[present], radius[owner]
@@ -324,16 +336,25 @@ class DiskReader(nn.Module):
             t = disks
             for block in self.blocks:
                 t = block(t, code, present)
-            heads = in_groups(self._heads, t, disks)  # (D, 4)
+            t = in_groups(lambda a, b: torch.cat((self.norm(a), b), dim=-1), t, disks)  # (D, 2 C)
+            heads = in_groups(lambda v: torch.cat((self.position(v), self.amplitude(v)), dim=-1), t)  # (D, 4)
+            count = present.sum(1, keepdim=True).clamp_min(1)  # (n, 1)
+            mean = t.new_zeros(n, t.shape[-1], dtype=torch.float32).index_add_(0, owner, t.float()) / count
+            dilation = in_groups(self.dilation, mean)[:, 0].float()  # (n,)
         out = patterns.new_zeros(n, slots, 4)
         out[present] = heads.float()
-        low, high = _SIGMA_RANGE
-        return DiskReading(out[..., :2], low + (high - low) * torch.sigmoid(out[..., 2]), out[..., 3])
+        return DiskReading(
+            out[..., :2],
+            _within(_SIGMA_RANGE, out[..., 2]),
+            out[..., 3],
+            torch.where(present.any(1), _within(_DILATION_RANGE, dilation), _DILATION_RANGE[1]),
+        )
 
-    def _heads(self, t: Tensor, disks: Tensor) -> Tensor:
-        """(D, C) with and without what the others say -> (D, 4): offset, sigma, root amplitude."""
-        t = torch.cat((self.norm(t), disks), dim=-1)
-        return torch.cat((self.position(t), self.amplitude(t)), dim=-1)
+
+def _within(bounds: tuple[float, float], value: Tensor) -> Tensor:
+    """Approached smoothly: a hard clamp would stop the gradient for good."""
+    low, high = bounds
+    return low + (high - low) * torch.sigmoid(value)
 
 
 def _optics_features(optics: Tensor | None, n: int, like: Tensor) -> Tensor:

@@ -71,14 +71,6 @@ def resolve_weights(name: str | os.PathLike[str] = "default") -> tuple[Path, str
     return folder, str(_read_config(folder)["sha256"])
 
 
-def shared_dilation_std(name: str | os.PathLike[str] = "default") -> float:
-    """Dilation that the positions of a pattern share: standard deviation, a strain; see `FCUNetConfig`.
-
-    Reads only ``config.json``; errors as for :func:`resolve_weights`.
-    """
-    return float(_read_config(resolve_weights(name)[0])["model"].get("dilation_std", 0.0))
-
-
 def training_facts(weights: str | os.PathLike[str]) -> dict[str, Any]:
     """What the weights say of their training: data, time, figures."""
     folder, _ = resolve_weights(weights)

@@ -16,6 +16,7 @@ from .evaluate import Batch
 from .losses import Losses
 
 _DISPLACED = (0.02, 0.25)  # radii: standard deviation, log-uniform over patterns
+_SHIFTED, _STRAINED = 0.08, 0.25  # radii: shared by a pattern's disks, the latter at its border
 _NOTICED_ELECTRONS = 8.0  # a disk of N electrons is proposed with probability N / (N + this)
 _FALSE_SLOTS, _FALSE_SHARE = 3, 0.2  # per pattern: places without a disk
 _OPTICS_UNKNOWN = 0.25  # share of the patterns
@@ -40,7 +41,9 @@ class DiskLossConfig:
     half_visible_electrons : float
         The amplitude of a disk of N electrons counts N / (N + this).
     strain_weight : float
-        Of the strain that a lattice fit would make of the position errors, see :func:`strain_loss`.
+        Of the strain that a lattice fit would make of the position errors, see :func:`strain_losses`.
+    dilation_weight : float
+        Of the likelihood of the dilation that is part of it.
     """
 
     position_weight: float = 1.0
@@ -49,7 +52,8 @@ class DiskLossConfig:
     absolute_weight: float = 0.2
     forbidden_weight: float = 2.0
     half_visible_electrons: float = 20.0
-    strain_weight: float = 0.2
+    strain_weight: float = 0.5
+    dilation_weight: float = 0.05
 
 
 class Proposals(NamedTuple):
@@ -68,7 +72,12 @@ class Proposals(NamedTuple):
 
 
 def propose(batch: Batch) -> Proposals:
-    """Positions as a first stage might give them."""
+    """Positions as a first stage might give them.
+
+    Each is displaced by itself, and all of a pattern by a shift and a strain of their own: were errors only
+    independent, the second stage would learn to believe what the proposals have in common, and a dilation of
+    the first stage would survive it.
+    """
     electrons = torch.nan_to_num(batch.spot_electrons)
     truth, device = batch.spot_position, electrons.device
     n = len(electrons)
@@ -81,6 +90,7 @@ def propose(batch: Batch) -> Proposals:
     spread = low * (high / low) ** torch.rand(n, 1, 1, device=device)
     weak = (30 / (electrons + 1)).clamp(0, 1).sqrt()[..., None]
     moved = torch.randn(truth.shape, device=device).clamp(-2, 2) * (spread + 0.1 * weak) * radius
+    moved = moved + _shared_displacement(truth - batch.origin[:, None], frame) * radius
     position = torch.where(taken[..., None], truth + moved, torch.nan)
     width = max(1, int(taken.sum(1).max()))
     order = torch.argsort(taken.float(), dim=1, descending=True, stable=True)[:, :width]
@@ -97,6 +107,15 @@ def propose(batch: Batch) -> Proposals:
         electrons=torch.cat((batch.spot_electrons.gather(1, order), nothing), dim=1),
         direct=torch.cat((direct.gather(1, order), torch.zeros_like(nothing, dtype=torch.bool)), dim=1),
     )
+
+
+def _shared_displacement(q: Tensor, frame: Tensor) -> Tensor:
+    """Shift and strain (dilation above all) of the spots q (n, S, 2) px of each pattern, in radii."""
+    n, device = len(q), q.device
+    shift = _SHIFTED * torch.randn(n, 1, 2, device=device)
+    dilation = torch.randn(n, 1, 1, device=device) * torch.eye(2, device=device)
+    strain = (dilation + 0.4 * torch.randn(n, 2, 2, device=device)) * torch.rand(n, 1, 1, device=device)
+    return shift + _STRAINED * (2 * q / frame) @ strain
 
 
 class DiskStage(nn.Module):
@@ -171,25 +190,34 @@ def disk_losses(
 
     amplitude = judge(scale, weight * scattered)
     amplitude = amplitude + config.absolute_weight * judge(torch.ones_like(scale), weight)
-    shared = strain_loss(reading, proposals)
+    strain, dilation = strain_losses(reading, proposals)
     total = config.position_weight * position + config.amplitude_weight * amplitude
-    total = total + config.strain_weight * shared
+    total = total + config.strain_weight * strain + config.dilation_weight * dilation
     return Losses(total, torch.zeros_like(total).detach(), position.detach(), amplitude.detach())
 
 
-def strain_loss(reading: DiskReading, proposals: Proposals) -> Tensor:
+def strain_losses(reading: DiskReading, proposals: Proposals) -> tuple[Tensor, Tensor]:
     """What a weighted lattice fit would take the position errors of one pattern for, as strain.
 
     A dilation that all disks of a pattern share hardly shows in the error of each, and wholly in the strain.
-    The affine part of the errors is fitted with the weights of the fit that follows; each of its four
-    components counts in units of hypot(standard deviation that independent errors would give it, 3e-4), with
-    a gradient that saturates beyond one unit. Mean over the patterns with at least 6 disks; 0 if none has.
+    The affine part of the errors is fitted with the weights of the fit that follows. Means over the patterns
+    with at least 6 disks; 0 if none has.
 
     Parameters
     ----------
     reading : DiskReading
         px.
     proposals : Proposals
+
+    Returns
+    -------
+    strain : Tensor
+        Each of the four components in units of hypot(standard deviation that independent errors would give
+        it, 3e-4), with a gradient that saturates beyond one unit.
+    dilation : Tensor
+        Negative log-likelihood of the mean of e_xx and e_yy, whose variance is that of independent errors
+        plus the square of the shared one that the network states; by Student's t with 4 degrees of freedom,
+        because now and then a pattern is lost. Its gradient reaches the stated error alone.
     """
     real = proposals.real
     weight = 1 / (reading.log_sigma.detach().exp().square() + _WEIGHT_FLOOR_PX**2)
@@ -208,9 +236,15 @@ def strain_loss(reading: DiskReading, proposals: Proposals) -> Tensor:
     scale = normal.diagonal(dim1=1, dim2=2).mean(1)
     enough = enough & (torch.linalg.det(normal) > 1e-3 * scale.square())  # not all in a row
     if not bool(enough.any()):
-        return error.sum() * 0.0
+        nothing = error.sum() * 0.0
+        return nothing, nothing + reading.log_dilation_std.sum() * 0.0
     inverse = torch.linalg.inv(normal[enough])
     strain = (error.transpose(1, 2) @ q_weighted)[enough] @ inverse  # (m, 2, 2): error of y, x by q of y, x
-    variance = inverse.diagonal(dim1=1, dim2=2)[:, None, :]
-    unit = (variance + _STRAIN_UNIT**2).sqrt()
-    return ((strain / unit).square() + 1).sqrt().sub(1).mean()
+    variance = inverse.diagonal(dim1=1, dim2=2)  # (m, 2)
+    unit = (variance[:, None] + _STRAIN_UNIT**2).sqrt()
+    judged = ((strain / unit).square() + 1).sqrt().sub(1).mean()
+
+    dilation = strain.detach().diagonal(dim1=1, dim2=2).mean(1)  # (m,)
+    variance = variance.sum(1) / 4 + (2 * reading.log_dilation_std[enough]).exp()
+    likelihood = 2.5 * torch.log1p(dilation.square() / (4 * variance)) + 0.5 * variance.log()
+    return judged, likelihood.mean()

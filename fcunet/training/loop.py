@@ -365,8 +365,7 @@ class Validation:
         """Figures of merit by dose."""
         model.eval()
         detector = network_detector(model)
-        shared = model.config.dilation_std
-        return {dose: evaluate(detector, batches, dilation_std=shared) for dose, batches in self.sets.items()}
+        return {dose: evaluate(detector, batches) for dose, batches in self.sets.items()}
 
 
 def selection_score(sets: list[dict[str, float]]) -> float:

@@ -79,13 +79,13 @@ def test_cut_disks__is_zero_outside_the_frame_and_in_empty_slots():
 def test_disk_reader__empty_slots_change_nothing(reader):
     few, many = read(reader, POSITIONS), read(reader, POSITIONS, slots=9)
     for a, b in zip(few, many, strict=True):
-        torch.testing.assert_close(a, b[:, :4], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b[:, :4] if b.ndim > 1 else b, rtol=1e-5, atol=1e-6)
 
 
 def test_disk_reader__the_order_of_disks_does_not_matter(reader):
     a, b = read(reader, POSITIONS), read(reader, POSITIONS[::-1])
     for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other.flip(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other.flip(1) if other.ndim > 1 else other, rtol=1e-4, atol=1e-5)
 
 
 def test_disk_reader__a_shifted_pattern_reads_the_same(reader):
@@ -182,6 +182,7 @@ def test_structure_factor_image__spots_have_their_height_and_place():
         sigma=torch.full((2, 2), 0.1),
         n_peaks=torch.tensor([2, 0]),
         truncated=torch.zeros(2, dtype=torch.bool),
+        dilation_std=torch.zeros(2),
     )
     image = structure_factor_image(peaks, (64, 48))
     assert image.shape == (2, 64, 48)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fcunet.kernels.peaks import Peaks
+from fcunet.nn.disks import DiskReading
+from fcunet.nn.weights import load_model
 from fcunet.training.calibration import fit_dilation, fit_sigma
-from fcunet.training.evaluate import affine_error, evaluate, match_peaks
+from fcunet.training.evaluate import affine_error, evaluate, match_peaks, surviving_dilation
 
 
 def peaks_at(position, intensity, sigma=0.1, slots=200):
@@ -20,7 +22,7 @@ def peaks_at(position, intensity, sigma=0.1, slots=200):
         ):
             slot[i, :k] = values
         count[i] = k
-    return Peaks(*out, count, torch.zeros(n, dtype=torch.bool))
+    return Peaks(*out, count, torch.zeros(n, dtype=torch.bool), torch.zeros(n))
 
 
 @pytest.fixture
@@ -81,13 +83,17 @@ def test_affine_error__knows_its_own_spread(batch):
 
 def test_fit_dilation__finds_what_is_shared():
     generator = torch.Generator().manual_seed(1)
-    pairs = []
-    for std in (1e-4, 5e-4, 2e-3):
-        bars = torch.full((20_000,), std)
-        shared = 4e-4 * torch.randn(20_000, generator=generator)
-        pairs.append((shared + bars * torch.randn(20_000, generator=generator), bars))
-    assert fit_dilation(pairs) == pytest.approx(4e-4, rel=0.13)  # its grid is 5e-5 wide
-    assert fit_dilation([]) == 0.0
+    sets = []
+    for std in (1e-4, 5e-4):
+        bars = torch.full((20_000, 2), std)
+        stated = 2e-3 * torch.rand(20_000, generator=generator)
+        shared = torch.hypot(0.5 * stated, torch.tensor(3e-4)) * torch.randn(20_000, generator=generator)
+        error = shared[:, None] + bars * torch.randn(20_000, 2, generator=generator)
+        sets.append((error, bars, stated))
+    scale, floor = fit_dilation(sets)
+    assert scale == pytest.approx(0.5, rel=0.1)  # its grid has steps of 15 %
+    assert floor == pytest.approx(3e-4, abs=6e-5)  # and of 5e-5
+    assert fit_dilation([]) == (1.0, 0.0)
 
 
 def test_fit_sigma__finds_scale_and_floor():
@@ -106,3 +112,28 @@ def test_fit_sigma__finds_scale_and_floor():
 
 def test_fit_sigma__changes_nothing_without_data():
     assert fit_sigma([]) == (1.0, 0.0)
+
+
+class Believer:
+    """A second stage that leaves a share of what it is told, and looks up the rest."""
+
+    def __init__(self, truth, share):
+        self.truth, self.share = truth, share
+
+    def read_disks(self, patterns, probes, y, x, *, optics=None):
+        given = torch.stack((y, x), dim=-1)
+        sigma = torch.full_like(y, 0.1)
+        return DiskReading((1 - self.share) * (self.truth - given), sigma.log(), y, y[:, 0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_surviving_dilation__is_the_share_believed(toy_source, share):
+    batch = toy_source(128, seed=5, dose=1e6).batch(3)
+    found = surviving_dilation(Believer(batch.spot_position, share), batch)
+    torch.testing.assert_close(found, torch.full((3,), share), rtol=0, atol=1e-3)
+
+
+def test_surviving_dilation__the_packaged_second_stage_looks_for_itself(toy_source):
+    batch = toy_source(128, seed=5, dose=1e6).batch(8)
+    found = surviving_dilation(load_model("default", device="cpu", precision="fp32"), batch)
+    assert float(found.abs().median()) < 0.035  # trained on independent displacements alone: 0.06
