@@ -13,7 +13,6 @@ The state of a run is the done mask alone, and a block is marked after its data.
 a run that was killed at any moment, and ends with the same bytes.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -23,44 +22,29 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import xarray as xr
 from distributed import Client
 
 from . import __version__, schema
-from .calibrate import calibrate
 from .calibration import Calibration
-from .cepstral import REAL_SPACE
 from .cluster import connect, job_script, report_health
 from .config import Config, SecondConfig
 from .dashboard import RunPageFeed, page_link
-from .layout import BlockGrid
 from .lock import RunLock
 from .memory import peak_rss
-from .nn.range import TrainingRange
-from .nn.weights import resolve_weights, training_facts
-from .pipeline import INTENSITY_ATTRS
+from .preparation import PEAKS, PlannedRun, describe_run, plan_run, prepare, run_id_of
 from .progress import Progress, duration
-from .provenance import input_fingerprint, provenance
-from .remote import Place, Remote, scan_of
-from .results import analyse, public_settings
+from .remote import Remote
+from .results import analyse
 from .second import FOLDER as SECOND
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
-from .shards import DamagedBlockError
 from .slurm import read_profile
-from .store import (
-    create_peaks,
-    open_region,
-    open_results,
-    open_truth,
-    read_status,
-)
+from .store import open_results, read_status
 from .thumbnails import ProvisionalBasis, find_provisional_basis, stored_thumbnails
 from .tiles import (
     Block,
@@ -72,53 +56,18 @@ from .tiles import (
     origin_of_block,
     reopen_patterns,
     run_tiles,
-    save_calibration,
 )
-from .zarrfolder import root_attrs
 
 logger = logging.getLogger(__name__)
 
-PEAKS, RESULTS, LOG, SUMMARY, CONFIG = "peaks.zarr", "strain.zarr", "run.log", "summary.json", "config.yaml"
+RESULTS, LOG, SUMMARY, CONFIG = "strain.zarr", "run.log", "summary.json", "config.yaml"
 DASK_REPORT = "dask-report.html"
-_IDENTITY = ("science_sha256", "weights_sha256", "input_fingerprint")
-_IDENTITY_WORDS = {
-    "science_sha256": "the region or the detection settings",
-    "weights_sha256": "the weights",
-    "input_fingerprint": "the scan",
-}
 _PAGE_EVERY_S = 1.0
 _CATCH_UP = 400  # blocks whose pictures the driver draws itself
 
 
 class RunStopped(RuntimeError):
     """The run was asked to stop, and did; everything finished so far is in place."""
-
-
-@dataclass
-class _Run:
-    """What is known about a run before its first block."""
-
-    config: Config
-    store: Place
-    out: Path
-    datacube: xr.Dataset  # the region to process, lazy
-    grid: BlockGrid
-    identity: dict[str, str]
-    weights: Path | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def peaks(self) -> Path:
-        return self.out / PEAKS
-
-    @property
-    def command(self) -> str:
-        """What to type to go on."""
-        return f"fcunet run {self.store} --out {self.out}"
-
-    @property
-    def origin(self) -> tuple[int, int]:
-        return self.config.region[::2] if self.config.region else (0, 0)  # type: ignore[return-value]
 
 
 def run(
@@ -152,15 +101,15 @@ def run(
     RunStopped
         After Ctrl-C or SIGTERM, when the blocks in flight are done; the message says how to go on.
     """
-    plan = _plan(config)
+    plan = plan_run(config)
     say = Speaker(progress)
     with full_disk_is_named(plan.out), RunLock(plan.out), log_to(plan.out / LOG):
         begin = time.perf_counter()
         logger.info("fcunet %s, run in %s", __version__, plan.out)
         if restart:
             _forget(plan.out)
-        calibration = _prepare(plan)
-        for line in _describe(plan):
+        calibration = prepare(plan)
+        for line in describe_run(plan):
             say(line)
         for line in calibration.describe():
             say(f"  measured  {line}")
@@ -184,27 +133,27 @@ def run(
 
 
 def _find_second_opinion(
-    plan: _Run, calibration: Calibration, client: Client | None, say: "Speaker", progress: bool
+    plan: PlannedRun, calibration: Calibration, client: Client | None, say: "Speaker", progress: bool
 ) -> None:
     """The peaks of another method, if one is asked for: a run of its own in a folder of this one."""
     if (second := _second_plan(plan)) is None:
         return
     say(f"  second    {second.config.detection.method}, for a second opinion")
-    _prepare(second, calibration)
+    prepare(second, calibration)
     _find_all_peaks(second, client, say, progress)
 
 
-def _second_plan(plan: _Run) -> _Run | None:
+def _second_plan(plan: PlannedRun) -> PlannedRun | None:
     """The run of the second method; None if there is none."""
     config = plan.config
     if (detection := config.second_detection()) is None:
         return None
     changes = {"detection": detection, "second": SecondConfig(), "out": plan.out / SECOND}
-    return _plan(config.model_copy(update=changes))
+    return plan_run(config.model_copy(update=changes))
 
 
 @contextmanager
-def _shared(plan: _Run, client: Client | None) -> Iterator[Client | None]:
+def _shared(plan: PlannedRun, client: Client | None) -> Iterator[Client | None]:
     """One set of workers for both methods, where both have something left to do."""
     second = _second_plan(plan)
     if client is not None or second is None or not (_unfinished(plan) and _unfinished(second)):
@@ -214,7 +163,7 @@ def _shared(plan: _Run, client: Client | None) -> Iterator[Client | None]:
         yield connected
 
 
-def _unfinished(plan: _Run) -> bool:
+def _unfinished(plan: PlannedRun) -> bool:
     return not plan.peaks.exists() or bool((read_status(plan.peaks) != schema.STATUS_DONE).any())
 
 
@@ -225,8 +174,8 @@ def plan(config: Config) -> list[str]:
     """
     from .predict import predict
 
-    planned = _plan(config)
-    lines = _describe(planned)
+    planned = plan_run(config)
+    lines = describe_run(planned)
     prediction = predict(planned.config)
     lines += prediction.lines() + [f"  problem   {problem}" for problem in prediction.problems]
     if planned.peaks.exists():
@@ -289,114 +238,9 @@ def _write_report(out: Path) -> Path:
     return Path(write_report(out))
 
 
-def _plan(config: Config) -> _Run:
-    """Everything that can be checked before anything is written."""
-    store = scan_of(config)
-    if config.second.second_opinion == config.detection.method:
-        raise ValueError(
-            f"the second opinion is {config.detection.method}, as the first method; ask another one: "
-            "--second-opinion correlation, cepstral or fcunet"
-        )
-    datacube, grid = open_region(store, config.region)
-    weights, sha256 = resolve_weights(config.detection.weights) if _uses_network(config) else (None, "")
-    out = Path(config.out) if config.out is not None else Path("runs") / store.name.removesuffix(".zarr")
-    if not isinstance(store, Remote) and out.resolve() == store.resolve():
-        raise ValueError(
-            f"the run directory is the datacube itself; give another one: --out runs/{store.stem}"
-        )
-    identity = {
-        "science_sha256": config.science_hash(),
-        "weights_sha256": sha256,
-        "input_fingerprint": input_fingerprint(store),
-    }
-    return _Run(config, store, out, datacube, grid, identity, weights)
-
-
-def _sample_digests(datacube: xr.Dataset) -> list[str]:
-    """Digests of the four corner patterns and the middle one; empty where one cannot be read."""
-    ny, nx = datacube["intensity"].shape[:2]
-    digests = []
-    for y, x in ((0, 0), (0, nx - 1), (ny - 1, 0), (ny - 1, nx - 1), (ny // 2, nx // 2)):
-        try:
-            pattern = datacube["intensity"][y, x].data.compute(scheduler="synchronous")
-            digests.append(hashlib.sha256(pattern.tobytes()).hexdigest()[:12])
-        except DamagedBlockError:
-            digests.append("")
-    return digests
-
-
-def _prepare(plan: _Run, known: Calibration | None = None) -> Calibration:
-    """The peaks store of this run, made or checked, with the calibration in it: `known`, else measured."""
-    if plan.peaks.exists():
-        _check_identity(plan)
-        for left in plan.peaks.glob("*/c/**/*.partial"):  # a chunk that was being written at a kill
-            left.unlink(missing_ok=True)
-    else:
-        started = time.perf_counter()
-        calibration = known or _measure(plan)
-        plan.seconds["calibrate"] = time.perf_counter() - started
-        network = _uses_network(plan.config)
-        facts = {
-            "config_json": json.dumps(public_settings(plan.config)),
-            "input_title": plan.datacube.attrs.get("title", plan.store.stem),
-            "weights_name": plan.weights.name if plan.weights else None,
-            "intensity_meaning": INTENSITY_ATTRS[plan.config.detection.method]["meaning"],
-            "intensity_units": "V" if network else None,
-            "method": plan.config.detection.method,
-            "training_range": asdict(TrainingRange.of_weights(training_facts(plan.weights)))
-            if plan.weights
-            else None,
-            "space": REAL_SPACE if plan.config.detection.method == "cepstral" else None,
-            "run_id": _run_id(plan),
-            "input_samples": _sample_digests(plan.datacube),
-            "region": list(plan.config.region) if plan.config.region else None,
-            "datacube": {k: v for k, v in plan.datacube.attrs.items() if not k.startswith("fcunet_format")},
-            "qy": _axis(plan.datacube, "qy"),
-            "qx": _axis(plan.datacube, "qx"),
-            **plan.identity,
-        }
-        # the calibration goes in first, under a name of its own: the store appears with all it needs, or not
-        # at all
-        create_peaks(
-            plan.peaks,
-            scan_shape=plan.grid.scan_shape,
-            block_shape=plan.grid.block_shape,
-            max_num_peaks=plan.config.detection.max_num_peaks,
-            detector_shape=(plan.datacube.sizes["qy"], plan.datacube.sizes["qx"]),
-            coords={dim: plan.datacube[dim] for dim in schema.SCAN_DIMS},
-            attrs=provenance(**facts),
-        )
-        save_calibration(plan.peaks, calibration)
-    if not (plan.peaks / "calibration").exists():  # killed between the two
-        save_calibration(plan.peaks, known or _measure(plan))
-    if not (plan.peaks / "truth").exists() and (truth := open_truth(plan.store)) is not None:
-        _save_truth(plan, truth)
-    return load_calibration(plan.peaks)
-
-
-def _measure(plan: _Run) -> Calibration:
-    with dask.config.set(scheduler="threads"):  # a few patterns: not worth a cluster
-        return calibrate(plan.datacube, **plan.config.calibration.model_dump())
-
-
-def _check_identity(plan: _Run) -> None:
-    found = root_attrs(plan.peaks)
-    schema.check_format(found, "peaks", str(plan.peaks))
-    other = [k for k in _IDENTITY if found.get(k, "") != plan.identity[k]]
-    if not other and any(
-        a and b and a != b
-        for a, b in zip(found.get("input_samples", []), _sample_digests(plan.datacube), strict=False)
-    ):
-        other = ["input_fingerprint"]
-    if other:
-        what = " and ".join(_IDENTITY_WORDS[k] for k in other)
-        raise ValueError(
-            f"{plan.out} holds a run that differs in {what}, and peaks of two kinds must not mix; start anew "
-            f"with --restart, or keep both with another run directory: --out {plan.out}-2"
-        )
-
-
-def _find_all_peaks(plan: _Run, client: Client | None, say: "Speaker", progress: bool) -> dict[str, Any]:
+def _find_all_peaks(
+    plan: PlannedRun, client: Client | None, say: "Speaker", progress: bool
+) -> dict[str, Any]:
     """Process every block that is not done yet; returns facts for the summary."""
     started = time.perf_counter()
     status = read_status(plan.peaks)
@@ -431,7 +275,7 @@ def _find_all_peaks(plan: _Run, client: Client | None, say: "Speaker", progress:
 
 
 def _run_blocks(
-    plan: _Run,
+    plan: PlannedRun,
     client: Client,
     todo: list[Block],
     status: np.ndarray,
@@ -449,7 +293,7 @@ def _run_blocks(
             update={"weights": str(plan.weights.resolve())} if plan.weights else {}
         ),
         weights_sha256=plan.identity["weights_sha256"] or None,
-        run_id=_run_id(plan),
+        run_id=run_id_of(plan),
     )
     say(f"  compute   {_describe_workers(client)}")
     say(f"  dashboard {client.dashboard_link}   strain page: {page_link(client)}")
@@ -533,7 +377,7 @@ def _run_blocks(
 class _LiveMap:
     """Hands pictures of finished blocks to the live page; finds the basis of their strain in the first."""
 
-    def __init__(self, plan: _Run, page: RunPageFeed, status: np.ndarray) -> None:
+    def __init__(self, plan: PlannedRun, page: RunPageFeed, status: np.ndarray) -> None:
         self.plan, self.page, self.calibration = plan, page, load_calibration(plan.peaks)
         self.basis: ProvisionalBasis | None = None
         done = [(int(iy), int(ix)) for iy, ix in np.argwhere(status == schema.STATUS_DONE)]
@@ -563,38 +407,6 @@ class _LiveMap:
         self.page.done(*block, schema.STATUS_DONE, maps=maps)
 
 
-def _save_truth(plan: _Run, truth: xr.Dataset) -> None:
-    """Keep the truth of a simulated scan with the peaks, cut to the region; later steps need no datacube."""
-    if plan.config.region is not None:
-        y0, y1, x0, x1 = plan.config.region
-        truth = truth.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1))
-    final = plan.peaks / "truth"
-    draft = final.with_name(f"truth.partial.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    truth.load().drop_encoding().to_zarr(draft, zarr_format=3, consolidated=False)
-    draft.rename(final)
-
-
-def _run_id(plan: _Run) -> str:
-    """The same for every run that writes the same peaks."""
-    return hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _uses_network(config: Config) -> bool:
-    return config.detection.method == "fcunet"
-
-
-def _axis(datacube: xr.Dataset, dim: str) -> dict[str, Any]:
-    """A detector coordinate as first value, step and unit."""
-    values = datacube[dim].values
-    step = float(values[-1] - values[0]) / (len(values) - 1) if len(values) > 1 else 1.0
-    return {
-        "first": float(values[0]),
-        "step": step,
-        "units": datacube[dim].attrs.get("units", schema.UNIT_PIXEL),
-    }
-
-
 def _client(config: Config, out: Path, client: Client | None) -> AbstractContextManager[Client]:
     if client is not None:
         return nullcontext(client)
@@ -608,29 +420,6 @@ def _client(config: Config, out: Path, client: Client | None) -> AbstractContext
     )
 
 
-def _describe(plan: _Run) -> list[str]:
-    ny, nx = plan.grid.scan_shape
-    intensity = plan.datacube["intensity"]
-    by, bx = plan.grid.block_shape
-    region = (
-        f" (region {':'.join(map(str, plan.config.region[:2]))},{':'.join(map(str, plan.config.region[2:]))})"
-        if plan.config.region
-        else ""
-    )
-    detection = plan.config.detection
-    model = (
-        f"{detection.weights} (sha256 {plan.identity['weights_sha256'][:8]}...)"
-        if plan.weights
-        else f"correlation, {detection.subpixel} positions"
-    )
-    return [
-        f"  data      {plan.store.name}: {ny} x {nx} scan{region}, {intensity.shape[2]} x "
-        f"{intensity.shape[3]} detector, {intensity.dtype}, {_bytes(intensity.nbytes)} "
-        f"-> {len(plan.grid)} blocks of {by} x {bx}",
-        f"  model     {model}",
-    ]
-
-
 def _describe_workers(client: Client) -> str:
     threads = client.nthreads()
     if not threads:
@@ -638,14 +427,6 @@ def _describe_workers(client: Client) -> str:
     per_worker = sorted(set(threads.values()))
     each = "-".join(map(str, {per_worker[0], per_worker[-1]})) if len(per_worker) > 1 else str(per_worker[0])
     return f"{len(threads)} workers x {each} thread{'' if each == '1' else 's'}"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 def _forget(out: Path) -> None:
@@ -667,7 +448,7 @@ def _run_dir(path: str | Path) -> Path:
     return out
 
 
-def _write_summary(plan: _Run, facts: dict[str, Any]) -> None:
+def _write_summary(plan: PlannedRun, facts: dict[str, Any]) -> None:
     text = json.dumps(
         facts
         | {
