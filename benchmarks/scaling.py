@@ -125,11 +125,11 @@ def _warm() -> None:
     import fcunet.blocks  # noqa: F401
 
 
-def measure(side: int = 64, size: int = 128) -> dict[str, dict[str, float]]:
+def measure(side: int = 128, size: int = 256) -> dict[str, dict[str, float]]:
     """Runs over one store with one and two workers of one thread.
 
-    With other work on the machine the wall clock says little: the CPU time of the workers per pattern shows
-    what they cost one another.
+    The driver, and the scheduler in it, share the cores of the workers. With other work on the machine the
+    wall clock says little: the CPU time of the workers per pattern shows what they cost one another.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -144,9 +144,9 @@ def measure(side: int = 64, size: int = 128) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "scan.zarr")
-        some = simulate_disks((8, 8), (size, size), radius_px=4.5, spacing_px=15.2, electrons=1e5)
+        some = simulate_disks((16, 16), (size, size), electrons=1e5)
         block = some.patterns.astype(np.uint16)
-        layout = Layout((8, 8), (8, 8))
+        layout = Layout((16, 16), (16, 16))
         with DatacubeWriter(path, (side, side, size, size), np.uint16, layout=layout, attrs={}) as writer:
             for at in writer.blocks:
                 writer.write_block(*at, block)
@@ -156,7 +156,9 @@ def measure(side: int = 64, size: int = 128) -> dict[str, dict[str, float]]:
             config = Config.load(store=path, out=where, method="correlation", device="cpu")
             with (
                 dask.config.set(DASK_SETTINGS),
-                LocalCluster(workers, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+                LocalCluster(
+                    n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+                ) as cluster,
                 Client(cluster) as client,
             ):
                 client.run(_warm)
