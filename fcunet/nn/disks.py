@@ -345,14 +345,14 @@ class DiskReader(nn.Module):
         out[present] = heads.float()
         return DiskReading(
             out[..., :2],
-            _within(_SIGMA_RANGE, out[..., 2]),
+            within(_SIGMA_RANGE, out[..., 2]),
             out[..., 3],
-            torch.where(present.any(1), _within(_DILATION_RANGE, dilation), _DILATION_RANGE[1]),
+            torch.where(present.any(1), within(_DILATION_RANGE, dilation), _DILATION_RANGE[1]),
         )
 
 
-def _within(bounds: tuple[float, float], value: Tensor) -> Tensor:
-    """Approached smoothly: a hard clamp would stop the gradient for good."""
+def within(bounds: tuple[float, float], value: Tensor) -> Tensor:
+    """Any number as one within `bounds`, approached smoothly: a hard clamp would stop the gradient."""
     low, high = bounds
     return low + (high - low) * torch.sigmoid(value)
 

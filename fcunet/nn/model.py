@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .disks import DiskReader, DiskReading
+from .disks import DiskReader, DiskReading, within
 from .layers import ProbeFilters, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
@@ -421,8 +421,7 @@ class FCUNet(Network):
         self, heads: Tensor, root: Tensor, level: Tensor, binning: int, frame: tuple[int, int]
     ) -> NetworkOutput:
         lit = (level > 0).to(heads)[:, None, None]  # an empty pattern has no spots
-        low, high = LOG_SIGMA_RANGE  # approached smoothly: a hard clamp would stop the gradient for good
-        sigma = (low + (high - low) * torch.sigmoid(heads[:, 3])).exp()
+        sigma = within(LOG_SIGMA_RANGE, heads[:, 3]).exp()
         return NetworkOutput(
             bragg_map=torch.sigmoid(heads[:, 0]) * lit,
             root_amplitude=root,
