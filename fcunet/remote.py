@@ -208,6 +208,7 @@ def local(path: Any, why: str) -> Path:
     ValueError
         If it is a URL; `why` says what must be local and what to do.
     """
-    if isinstance(path, Remote) or is_url(str(path)) or _MANGLED.match(str(path)):
-        raise ValueError(f"{path} is a URL; {why}")
+    url = _MANGLED.sub(lambda found: f"{found[0]}/", str(path))
+    if is_url(url):
+        raise ValueError(f"{url} is a URL; {why}")
     return Path(path)

@@ -39,12 +39,12 @@ from .lock import RunLock
 from .memory import peak_rss
 from .preparation import PEAKS, PlannedRun, describe_run, plan_run, prepare, run_id_of
 from .progress import Progress, duration
-from .remote import Remote
+from .remote import Remote, local
 from .results import analyse
 from .second import FOLDER as SECOND
 from .session import Speaker, dask_report, draining, log_to, ways_to_dashboard, write_text
 from .slurm import read_profile
-from .store import open_results, read_status
+from .store import RUNS_ARE_HERE, open_results, read_status
 from .thumbnails import ProvisionalBasis, find_provisional_basis, stored_thumbnails
 from .tiles import (
     Block,
@@ -438,7 +438,7 @@ def _forget(out: Path) -> None:
 
 
 def _run_dir(path: str | Path) -> Path:
-    out = Path(path)
+    out = local(path, RUNS_ARE_HERE)
     if out.name in (PEAKS, RESULTS):
         out = out.parent
     if not (out / PEAKS / "zarr.json").is_file():

@@ -67,7 +67,7 @@ __all__ = [
     "write_results",
 ]
 
-_RUNS_ARE_HERE = "only datacubes are read from there; copy the run directory to this machine first"
+RUNS_ARE_HERE = "only datacubes are read from there; copy the run directory to this machine first"
 _PEAK_DTYPES = {"f": np.float32, "b": bool, "iu": np.int16}
 
 
@@ -181,7 +181,7 @@ def open_peaks(path: str | Place) -> xr.Dataset:
     FileNotFoundError, ValueError
         If there is no such store, or it is none of ours, or a newer one.
     """
-    path = existing(local(path, _RUNS_ARE_HERE))
+    path = existing(local(path, RUNS_ARE_HERE))
     schema.check_format(root_attrs(path), "peaks", str(path))
     grid = block_grid(path)
     chunks = {
@@ -310,7 +310,7 @@ def open_results(path: str | Place) -> xr.DataTree:
     FileNotFoundError, ValueError
         If there are no results, or they are none of ours, or newer ones.
     """
-    path = local(path, _RUNS_ARE_HERE)
+    path = local(path, RUNS_ARE_HERE)
     folder = path.parent if path.name in _STORES_OF_A_RUN else path
     if path.name in _STORES_OF_A_RUN or not (path / "zarr.json").exists():
         path = folder / "strain.zarr"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fcunet.config import Config, DetectionConfig
 from fcunet.convert import convert
 from fcunet.predict import predict
 from fcunet.provenance import input_fingerprint
-from fcunet.remote import Remote, place
+from fcunet.remote import Remote, local, place
 from fcunet.schema import STRAIN_COMPONENTS
 from fcunet.store import (
     DamagedBlockError,
@@ -200,11 +201,17 @@ def test_credentials__are_refused_among_what_is_kept(tmp_path):
         lambda url: convert(url, "here.zarr"),
         lambda url: Config.load(store="a.zarr", out=url),
         lambda url: open_results(url),
+        lambda url: runner.rerun_strain(url),
     ],
 )
 def test_what_must_be_here__is_said(write):
     with pytest.raises(ValueError, match="URL"):
         write("s3://bucket/scan.zarr")
+
+
+def test_local__names_a_url_as_it_was_before_it_became_a_path():
+    with pytest.raises(ValueError, match=r"^s3://bucket/run is a URL; not here$"):
+        local(Path("s3://bucket/run"), "not here")
 
 
 def test_config__keeps_a_url_and_its_options(tmp_path):
