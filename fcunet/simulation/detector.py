@@ -25,10 +25,16 @@ _MIN_BLUR = 0.05  # half width in px of the narrowest box filter; keeps float32 
 
 def _polynomial_change(matrix: Tensor) -> Tensor:
     """(n, 45, 45) maps: coefficients of p(matrix @ w) in w from those of p(v), for matrices (n, 2, 2)."""
-    samples = tilt_points(120).to(matrix.device) / DISK_MARGIN
-    solve = torch.linalg.pinv(disk_basis(samples))  # (45, 120)
+    samples, solve = (values.to(matrix.device) for values in _samples_and_fit())
     moved = torch.einsum("nij,pj->npi", matrix.double(), samples)
     return torch.einsum("kp,npl->nkl", solve, disk_basis(moved))
+
+
+@cache
+def _samples_and_fit() -> tuple[Tensor, Tensor]:
+    """Points (120, 2) of the unit square, and what turns values there into coefficients, (45, 120)."""
+    samples = tilt_points(120) / DISK_MARGIN
+    return samples, torch.linalg.pinv(disk_basis(samples))
 
 
 def mean_over_aperture(fraction: Tensor) -> Tensor:
@@ -142,7 +148,9 @@ def render_disks(
     blur = coefficients.new_zeros(n) if edge_blur_px is None else edge_blur_px
     det = torch.linalg.det(matrix).abs()
     radius = det.rsqrt()  # of a circle with the disk's area, px
-    reach = 1 / torch.linalg.svdvals(matrix).amin(-1)  # longest half axis, px
+    square = matrix.square().sum((1, 2)) / 2
+    largest = (square + (square.square() - det.square()).clamp_min(0).sqrt()).sqrt()  # singular value
+    reach = largest / det  # longest half axis, px
     # polynomials over a square of half width `scale` px in detector orientation: then rows and columns
     # separate
     scale = DISK_MARGIN * radius

@@ -9,6 +9,7 @@ window, dose, blur, backgrounds and faults. New orientations replace the oldest 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ class TrainingBatch:
         return len(self.pattern)
 
 
+@cache
+def _bullseye_apertures() -> Tensor:
+    return torch.stack([detector.bullseye(rings, fill=fill, spokes=bars) for rings, fill, bars in _BULLSEYES])
+
+
 def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
     return low * (high / low) ** u
 
@@ -108,6 +114,10 @@ class PatternSource:
         Share of the samples taken through a patterned aperture (rings, some with bars).
     radius : (low, high), optional
         Log-uniform disk radius in px instead of the training distribution, for test sets.
+    small : float
+        Share of the samples with disks of 1.8 to 4 px radius that may lie as near to each other as 5 px.
+    faint : float
+        Share of the samples with 300 to 2000 electrons.
 
     Notes
     -----
@@ -132,6 +142,8 @@ class PatternSource:
         flat: float = 0.08,
         bullseye: float = 0.06,
         radius: tuple[float, float] | None = None,
+        small: float = 0.0,
+        faint: float = 0.0,
     ) -> None:
         self.crystals = training_crystals(split)
         self.size = size
@@ -143,42 +155,49 @@ class PatternSource:
         self.flat = flat
         self.bullseye = bullseye
         self.radius = radius
+        self.small = small
+        self.faint = faint
         self._rng = np.random.default_rng([_SPLIT_SEEDS[split], seed])
         self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
         self._noise = torch.Generator(self.device).manual_seed(int(self._rng.integers(2**62)))
         if isinstance(pool, str | Path):
             pool = load_pool(pool)
-        self.pool = (
-            pool
-            if pool is not None
-            else make_orientations(self.crystals, start_size, self._rng, device=device)
-        )
+        if pool is None:
+            pool = make_orientations(self.crystals, start_size, self._rng, device=device)
         self._owed = 0.0
+        self._pools: list[Pool] = []
         self._tensors: dict[str, Tensor] = {}
         self._rich = torch.empty(0, dtype=torch.int64)
-        self._upload()
+        self.extend(pool)
 
-    def _upload(self) -> None:
+    @property
+    def pool(self) -> Pool:
+        """The orientations drawn from, oldest first."""
+        if len(self._pools) > 1:
+            self._pools = [Pool.concatenate(self._pools)]
+        return self._pools[0]
+
+    def extend(self, pool: Pool) -> None:
+        """Take up more orientations, beyond `pool_size` if need be; only they go to the device."""
+        self._pools.append(pool)
         names = ("position", "amplitude", "leader", "coefficients", "scale", "aperture", "spacing", "energy")
-        self._tensors = t = {
-            name: torch.from_numpy(getattr(self.pool, name)).to(self.device) for name in names
-        }
+        for name in names:
+            values = torch.from_numpy(getattr(pool, name)).to(self.device)
+            known = self._tensors.get(name)
+            self._tensors[name] = values if known is None else torch.cat((known, values))
+        t = self._tensors
         # light in the middle of the disk, rough but enough to tell what is lit
         light = (t["coefficients"][..., 0].float() * t["scale"]).amax(1)
         lit = (t["amplitude"] == 0) & (light > 5e-4)
         self._rich = torch.nonzero(lit.sum(1) >= 5).squeeze(1)
 
-    def set_pool(self, pool: Pool | str | Path) -> None:
-        """Go on with another pool of orientations."""
-        self.pool = load_pool(pool) if isinstance(pool, str | Path) else pool
-        self._upload()
-
     def grow(self, n: int) -> None:
         """Scatter `n` new orientations; the oldest beyond `pool_size` are dropped."""
-        series = self.pool.thickness.shape[1]
+        series = self._tensors["coefficients"].shape[1]
         fresh = make_orientations(self.crystals, n, self._rng, n_thicknesses=series, device=self.device)
-        self.pool = Pool.concatenate([self.pool, fresh]).last(self.pool_size)
-        self._upload()
+        kept = Pool.concatenate([*self._pools, fresh]).last(self.pool_size)
+        self._pools, self._tensors = [], {}
+        self.extend(kept)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         while True:
@@ -245,7 +264,7 @@ class PatternSource:
     def _choose_orientations(self, n: int) -> Tensor:
         """Half of the samples from orientations rich in lit forbidden reflections, as far as there are
         any."""
-        which = self._randint(len(self.pool), n)
+        which = self._randint(len(self._tensors["aperture"]), n)
         if len(self._rich):
             rich = self._rich[self._randint(len(self._rich), n)]
             which = torch.where(self._rand(n) < 0.45, rich, which)
@@ -280,12 +299,19 @@ class PatternSource:
         radius = torch.where(self._rand(n) < 0.75, _log_uniform(u, 4.0, 12.0), _log_uniform(u, 2.5, 25.0))
         if self.radius is not None:
             radius = _log_uniform(u, *self.radius)
+        smallest, nearest = torch.full_like(u, 2.5), torch.full_like(u, 10.0)
+        if self.small:
+            some = self._rand(n) < self.small
+            radius = torch.where(some, _log_uniform(u, 1.8, 4.0), radius)
+            smallest, nearest = torch.where(some, 1.8, smallest), torch.where(some, 5.0, nearest)
         ratio = spacing / aperture
         # a few spots at least: spacing below a fifth to a half of the frame
         spread = 0.15 + 0.35 * self._rand(n) ** 2
         if self.radius is None:
-            radius = torch.minimum(torch.maximum(radius, 10 / ratio), spread * max(self.size, 128) / ratio)
-            radius = radius.clamp(2.5, 25.0)
+            radius = torch.minimum(
+                torch.maximum(radius, nearest / ratio), spread * max(self.size, 128) / ratio
+            )
+            radius = torch.maximum(radius, smallest).clamp_max(25.0)
         angle = 2 * math.pi * self._rand(n)
         cos, sin = torch.cos(angle), torch.sin(angle)
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
@@ -311,9 +337,12 @@ class PatternSource:
             return _log_uniform(self._rand(n), *self.dose)
         u, v = self._rand(n), self._rand(n)
         low = _log_uniform(v, 2e3, 1e5)
-        return torch.where(
+        dose = torch.where(
             u < 0.6, low, torch.where(u < 0.85, _log_uniform(v, 1e5, 1e6), _log_uniform(v, 1e6, 1e7))
         )
+        if self.faint:
+            dose = torch.where(self._rand(n) < self.faint, _log_uniform(v, 3e2, 2e3), dose)
+        return dose
 
     def _choose_aperture(self, n: int) -> Tensor | None:
         """Transmission (n, K, K) if any sample of the batch has a bullseye aperture."""
@@ -321,10 +350,7 @@ class PatternSource:
         if not bool(some.any()):
             return None
         which = self._randint(len(_BULLSEYES), n)
-        patterns = torch.stack(
-            [detector.bullseye(rings, fill=fill, spokes=bars) for rings, fill, bars in _BULLSEYES]
-        )
-        patterns = patterns.to(self.device)
+        patterns = _bullseye_apertures().to(self.device)
         return torch.where(some[:, None, None], patterns[which], torch.ones_like(patterns[:1]))
 
     def _draw_probe(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..nn.model import FCUNet, FCUNetConfig, Network, disk_radius
 from ..nn.published import build_network
 from ..nn.weights import load_parts, pick_device, save_weights
+from .ahead import DrawnAhead
 from .calibration import calibrate
 from .card import model_card
 from .disks import DiskLossConfig, DiskStage, disk_losses, propose
@@ -62,6 +64,12 @@ class State:
     best_score: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
 
+    def close(self) -> None:
+        """End the processes that draw patterns."""
+        for source in (self.source, self.large_source):
+            if isinstance(source, DrawnAhead):
+                source.close()
+
     @property
     def moment(self) -> Moment:
         """For the log."""
@@ -90,7 +98,8 @@ def train(
         If the folder holds a training with another network.
     """
     with _process_group(pick_device(config.device)) as (rank, world, device):
-        return _train(config, make_source or _pattern_sources(config, device), rank, world, device, progress)
+        make_source = make_source or partial(_pattern_source, config, device)
+        return _train(config, make_source, rank, world, device, progress)
 
 
 def _train(
@@ -110,8 +119,11 @@ def _train(
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     leader = Leader(config, state, make_source, world, progress) if rank == 0 else None
-    with _StopFlag() as stop:
-        stopped = _run_steps(config, state, net, leader, stop, world, device)
+    try:
+        with _StopFlag() as stop:
+            stopped = _run_steps(config, state, net, leader, stop, world, device)
+    finally:
+        state.close()
     if leader is not None:
         leader.close(finished=not stopped)
     if world > 1:
@@ -154,7 +166,7 @@ def _step(
 ) -> Losses:
     source, n = state.source, config.batch
     if state.large_source is not None and (state.step + 1) % config.large_every == 0:
-        source, n = state.large_source, max(1, round(config.batch * (config.size / config.large_size) ** 2))
+        source, n = state.large_source, _large_batch(config)
     batch = source.batch(n)
     state.model.train()
     for group in state.optimizer.param_groups:
@@ -171,6 +183,10 @@ def _step(
     state.step += 1
     state.samples += n * (dist.get_world_size() if dist.is_initialized() else 1)
     return losses
+
+
+def _large_batch(config: TrainConfig) -> int:
+    return max(1, round(config.batch * (config.size / config.large_size) ** 2))
 
 
 def losses_of(config: TrainConfig, net: nn.Module, batch: Batch, device: torch.device) -> Losses:
@@ -206,10 +222,11 @@ def _progress(config: TrainConfig, state: State) -> float:
 @torch.no_grad()
 def _update_mean(state: State, decay: float) -> None:
     decay = min(decay, (1 + state.step) / (10 + state.step))  # forget the random start soon
-    for mean, value in zip(state.ema.state_dict().values(), state.model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
+    pairs = list(zip(state.ema.state_dict().values(), state.model.state_dict().values(), strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(means, values, 1 - decay)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
             mean.copy_(value)
 
 
@@ -236,7 +253,9 @@ def _start(
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda"
+    )
 
     path = config.out / CHECKPOINT_NAME
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
@@ -247,8 +266,10 @@ def _start(
     step = saved["step"] if saved else 0
     # another stream of patterns after a resumption, unless the source can restore its own state below
     seed = config.seed + 1_000_003 * rank + 7919 * step
-    source = make_source("train", config.size, seed, None)
-    large = make_source("train", config.large_size, seed + 1, None) if config.large_every else None
+    source = _training_source(config, make_source, config.size, config.batch, seed)
+    large = None
+    if config.large_every:
+        large = _training_source(config, make_source, config.large_size, _large_batch(config), seed + 1)
     state = State(model, ema, optimizer, source, large)
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -257,7 +278,7 @@ def _start(
         state.step, state.samples, state.elapsed_s = step, saved["samples"], saved["elapsed_s"]
         state.best_score, state.best = saved["best_score"], saved["best"]
         torch.set_rng_state(saved["rng"])
-        if saved["source"] is not None and world == saved["world"] == 1:
+        if saved["source"] is not None and world == saved["world"] == 1 and not config.draw_processes:
             source.load_state_dict(saved["source"])  # type: ignore[attr-defined]
         logger.info("continuing %s at step %d", path, step)
     return state
@@ -458,26 +479,33 @@ def _agree(value: float, world: int, device: torch.device) -> float:
     return float(shared)
 
 
-def _pattern_sources(config: TrainConfig, device: torch.device) -> SourceFactory:
+def _training_source(config: TrainConfig, make_source: SourceFactory, size: int, n: int, seed: int) -> Source:
+    """Batches of `n` training patterns, drawn in between or ahead."""
+    if not config.draw_processes:
+        return make_source("train", size, seed, None)
+    seeds = [seed + 500_009 * k for k in range(config.draw_processes)]
+    return DrawnAhead([partial(make_source, "train", size, s, None) for s in seeds], n)
+
+
+def _pattern_source(
+    config: TrainConfig, device: torch.device, split: str, size: int, seed: int, dose: float | None
+) -> Source:
     from .dataset import PatternSource
     from .library import LibrarySource
     from .pool import FolderSource
 
-    def make(split: str, size: int, seed: int, dose: float | None) -> Source:
-        options = dict(config.source) | ({} if dose is None else {"dose": (dose, dose)})
-        if split == "validation":
-            options["refresh"] = 0.0
-        try:
-            if config.pool is not None and config.pool.suffix == ".zarr":
-                return LibrarySource(config.pool, split, size, device, seed, **options)
-            if config.pool is not None:
-                return FolderSource(config.pool, split, size, device, seed, **options)
-            return PatternSource(split, size, device, seed, **options)
-        except TypeError as err:
-            what = str(err).partition("__init__() ")[2] or err
-            raise ValueError(f"'source' in the settings of the training: PatternSource {what}") from err
-
-    return make
+    options = dict(config.source) | ({} if dose is None else {"dose": (dose, dose)})
+    if split == "validation":
+        options["refresh"] = 0.0
+    try:
+        if config.pool is not None and config.pool.suffix == ".zarr":
+            return LibrarySource(config.pool, split, size, device, seed, **options)
+        if config.pool is not None:
+            return FolderSource(config.pool, split, size, device, seed, **options)
+        return PatternSource(split, size, device, seed, **options)
+    except TypeError as err:
+        what = str(err).partition("__init__() ")[2] or err
+        raise ValueError(f"'source' in the settings of the training: PatternSource {what}") from err
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -64,28 +64,27 @@ class FolderSource:
     ):
         self.folder, self.split, self.every = Path(folder), split, every
         self._batches = 0
-        self._pools: dict[str, Pool] = {}
-        if not self._look():
+        self._seen: set[str] = set()
+        pools = self._look()
+        if not pools:
             raise FileNotFoundError(
                 f"{os.fspath(folder)} holds no pool of the {split!r} split; "
                 "fill it with fcunet.training.pool.fill_pool"
             )
-        self._source = PatternSource(split, size, device, seed, pool=self._all(), **options)  # type: ignore[arg-type]
+        first = Pool.concatenate(pools)
+        self._source = PatternSource(split, size, device, seed, pool=first, **options)  # type: ignore[arg-type]
 
     def batch(self, n: int) -> TrainingBatch:
         """The next n patterns."""
         self._batches += 1
-        if self._batches % self.every == 0 and self._look():
-            self._source.set_pool(self._all())
+        if self._batches % self.every == 0:
+            for pool in self._look():
+                self._source.extend(pool)
         return self._source.batch(n)
 
-    def _all(self) -> Pool:
-        return Pool.concatenate(list(self._pools.values()))
-
-    def _look(self) -> bool:
-        """Read the files not seen yet; True if there were any."""
-        new = [p for p in sorted(self.folder.glob(f"{self.split}-*.npz")) if p.name not in self._pools]
+    def _look(self) -> list[Pool]:
+        """Read the files not seen yet."""
+        new = [p for p in sorted(self.folder.glob(f"{self.split}-*.npz")) if p.name not in self._seen]
         new = [p for p in new if ".partial" not in p.name]
-        for path in new:
-            self._pools[path.name] = load_pool(path)
-        return bool(new)
+        self._seen.update(p.name for p in new)
+        return [load_pool(p) for p in new]

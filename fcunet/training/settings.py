@@ -45,6 +45,13 @@ class TrainConfig(BaseModel):
     large_every: int = Field(0, ge=0, description="every so many steps a batch of larger patterns; 0 = never")
     batch: int = Field(16, ge=1, description="patterns per step and process; fewer when they are larger")
 
+    draw_processes: int = Field(
+        0,
+        ge=0,
+        description="processes that draw patterns ahead of the training; 0 = drawn in between. "
+        "On a GPU 1 or 2 keep it busy",
+    )
+
     steps: int | None = Field(None, ge=1, description="optimiser steps in all")
     budget_s: float | None = Field(
         None, gt=0, description="wall-clock seconds in all; the schedule ends on time"

@@ -134,6 +134,28 @@ def test_draw_thicknesses__spans_2_to_150_nm_with_weight_on_5_to_80():
     assert 0.8 < np.mean((thickness > 5) & (thickness < 80)) < 0.98
 
 
+def test_small__brings_small_disks_near_to_each_other(pool):
+    plain = PatternSource("train", 128, seed=1, pool=pool).batch(64)
+    chosen = PatternSource("train", 128, seed=1, pool=pool, small=0.5).batch(64)
+    assert float(plain.radius.min()) >= 2.5
+    assert float(chosen.radius.min()) < 2.5
+    assert 0.25 < float((chosen.radius < 4).float().mean()) < 0.75
+
+
+def test_faint__brings_patterns_of_few_electrons(pool):
+    batch = PatternSource("train", 64, seed=1, pool=pool, faint=0.5).batch(64)
+    assert 0.3 < float((batch.dose < 2e3).float().mean()) < 0.7
+    assert float(batch.dose.min()) >= 300
+
+
+def test_extend__takes_up_more_orientations(pool):
+    source = PatternSource("train", 64, seed=0, pool=pool, pool_size=len(pool))
+    source.extend(pool.last(3))
+    assert len(source.pool) == len(pool) + 3
+    assert np.array_equal(source.pool.aperture, np.concatenate([pool.aperture, pool.aperture[-3:]]))
+    assert source.batch(32).pattern.sum() > 0
+
+
 @pytest.mark.gpu
 def test_batch__can_be_drawn_on_a_gpu(pool):
     batch = PatternSource("train", 128, device="cuda", seed=3, pool=pool).batch(4)

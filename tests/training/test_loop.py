@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,14 @@ def test_train__two_processes_end_with_one_network(tmp_path):
     assert all(
         bool(torch.isfinite(t).all()) for t in load_file(tmp_path / "out/weights/model.safetensors").values()
     )
+
+
+def test_train__draws_patterns_ahead_in_other_processes(tmp_path, toy_source):
+    config = TrainConfig(**TINY, out=tmp_path, steps=6, draw_processes=1, large_every=3, large_size=128)
+    folder = train(config, make_source=partial(_make_toy, toy_source))
+    assert (folder / "model.safetensors").is_file()
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 7
+
+
+def _make_toy(toy_source, split, size, seed, dose):
+    return toy_source(size, seed, dose)

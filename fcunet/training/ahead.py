@@ -1,0 +1,98 @@
+"""Batches drawn ahead of the training by other processes, so that the device never waits for patterns."""
+
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from .evaluate import Batch
+
+_PATIENCE_S = 1.0  # between looks whether the other side is still alive
+
+
+class DrawnAhead:
+    """Endless batches of `n` patterns from sources that live in processes of their own.
+
+    Batches come in the order in which they are finished. Tensors stay where they were drawn: on a GPU its
+    memory is shared between the processes, on a CPU the machine's.
+
+    Parameters
+    ----------
+    makers : sequence of callable
+        Each, called without arguments in a process of its own, makes a source; must be picklable.
+    n : int
+        Patterns per batch.
+    ahead : int
+        Batches that may wait.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Any]], n: int, *, ahead: int = 4):
+        context = multiprocessing.get_context("spawn")
+        self.n = n
+        self._queue: Any = context.Queue(maxsize=ahead)
+        self._processes = [
+            context.Process(target=_draw, args=(make, n, self._queue, os.getpid()), daemon=True)
+            for make in makers
+        ]
+        for process in self._processes:
+            process.start()
+
+    def batch(self, n: int) -> Batch:
+        """The next batch.
+
+        Raises
+        ------
+        RuntimeError
+            If a process failed; with its error.
+        """
+        if n != self.n:
+            raise ValueError(f"batches of {self.n} patterns are drawn ahead, asked for were {n}")
+        while True:
+            try:
+                item = self._queue.get(timeout=_PATIENCE_S)
+            except queue.Empty:
+                gone = [p.exitcode for p in self._processes if not p.is_alive()]
+                if gone:
+                    raise RuntimeError(
+                        f"a process that draws training patterns ended with exit code {gone[0]}; "
+                        "set draw_processes: 0 to see why"
+                    ) from None
+                continue
+            if isinstance(item, Exception):
+                raise RuntimeError("a process that draws training patterns failed") from item
+            return item
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._queue.cancel_join_thread()
+        self._queue.close()
+
+
+def _draw(make: Callable[[], Any], n: int, batches: Any, parent: int) -> None:
+    torch.set_num_threads(1)
+    try:
+        source = make()
+        while True:
+            _put(batches, source.batch(n), parent)
+    except Exception as err:
+        _put(batches, err, parent)
+        while os.getppid() == parent:  # batches that wait need the process that drew them
+            time.sleep(_PATIENCE_S)
+
+
+def _put(batches: Any, item: Any, parent: int) -> None:
+    """Wait for room; end when the training has ended without a word."""
+    while True:
+        try:
+            return batches.put(item, timeout=_PATIENCE_S)
+        except queue.Full:
+            if os.getppid() != parent:
+                raise SystemExit(1) from None
