@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .layers import ReLU
+
 CELLS = 16  # a cut-out disk has CELLS x CELLS cells
 HALF_WIDTH = 1.4  # and reaches that many radii from its centre
 _SAMPLES = 2  # bilinear samples per cell and axis: a cell of a large disk still counts all its pixels
@@ -232,10 +234,10 @@ class DiskReader(nn.Module):
         self.heads = heads
         c0, c1, c2, c3 = channels
         self.disk = nn.Sequential(
-            nn.Conv2d(5, c0, 3, padding=1), nn.ReLU(inplace=True),  # (D, 16, 16, 16)
-            nn.Conv2d(c0, c1, 3, 2, padding=1), nn.ReLU(inplace=True),  # (D, 32, 8, 8)
-            nn.Conv2d(c1, c2, 3, padding=1), nn.ReLU(inplace=True),  # (D, 48, 8, 8)
-            nn.Conv2d(c2, c3, 3, 2, padding=1), nn.ReLU(inplace=True),  # (D, 64, 4, 4)
+            nn.Conv2d(5, c0, 3, padding=1), ReLU(),  # (D, 16, 16, 16)
+            nn.Conv2d(c0, c1, 3, 2, padding=1), ReLU(),  # (D, 32, 8, 8)
+            nn.Conv2d(c1, c2, 3, padding=1), ReLU(),  # (D, 48, 8, 8)
+            nn.Conv2d(c2, c3, 3, 2, padding=1), ReLU(),  # (D, 64, 4, 4)
             nn.Flatten(),
             nn.Linear(16 * c3, width),
         )  # fmt: skip

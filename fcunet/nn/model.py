@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .disks import DiskReader, DiskReading, within
-from .layers import ProbeFilters, TokenAttention
+from .layers import ProbeFilters, ReLU, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
 LOG_SIGMA_RANGE = (-5.0, 0.5)  # natural log of px of the binned frame: 0.007 to 1.6 px
@@ -174,10 +174,10 @@ class ConvBlock(nn.Sequential):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            ReLU(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            ReLU(),
         )
 
 
@@ -277,7 +277,7 @@ class FCUNet(Network):
         )
         # positions and amplitudes ask different questions of the same features: a decoder each
         self.dec2, self.dec1, self.dec0 = UpBlock(c3, c2), UpBlock(c2, c1), UpBlock(c1, c0)
-        self.position_hidden = nn.Sequential(nn.Conv2d(c0, 32, 3, padding=1), nn.ReLU(inplace=True))
+        self.position_hidden = nn.Sequential(nn.Conv2d(c0, 32, 3, padding=1), ReLU())
         self.position_head = nn.Conv2d(32, 4, 1)
         with torch.no_grad():
             self.position_head.weight.mul_(0.1)
@@ -290,7 +290,7 @@ class FCUNet(Network):
             )
             return
         self.amp2, self.amp1 = UpBlock(c3, c2), UpBlock(c2, c1)
-        self.amplitude_hidden = nn.Sequential(nn.Conv2d(c1, c1, 3, padding=1), nn.ReLU(inplace=True))
+        self.amplitude_hidden = nn.Sequential(nn.Conv2d(c1, c1, 3, padding=1), ReLU())
         self.amplitude_head = nn.Conv2d(c1, 4, 1)
         with torch.no_grad():
             self.amplitude_head.weight.mul_(0.1)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -7,6 +8,7 @@ from fcunet.nn.layers import (
     FourierCorrelation,
     ModReLU,
     ProbeFilters,
+    ReLU,
     TokenAttention,
     concat_complex,
     stack_complex,
@@ -126,3 +128,15 @@ def test_probe_filters__of_order_one_change_sign_across_the_disk():
 def test_token_attention__moves_with_a_permutation_of_positions():
     block, x = TokenAttention(16).eval(), random(2, 16, 4, 6)
     torch.testing.assert_close(block(x).flip(-1), block(x.flip(-1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_relu__is_the_same_in_every_arithmetic(kind, gradient):
+    x = random(2, 5, 6, 7).to(kind).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0] = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 3e38, -3e38, -torch.inf])
+    expected = F.relu(x)
+    with torch.set_grad_enabled(gradient):
+        found = ReLU()(x.clone(memory_format=torch.preserve_format))
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
