@@ -246,8 +246,8 @@ def _inner_spectrum(images: Tensor) -> Tensor:
 class ReLU(nn.Module):
     """max(x, 0), in place.
 
-    In bf16 on a CPU, negative numbers are those that are negative as integers of 16 bits: the same result in a
-    quarter of the time (torch 2.13 goes through float32; NaN may become 0).
+    In bf16 on a CPU, negative numbers are those that are negative as integers of 16 bits: the same result in
+    a quarter of the time (torch 2.13 goes through float32; NaN may become 0).
     """
 
     def forward(self, x: Tensor) -> Tensor:
