@@ -69,7 +69,7 @@ PEERS: dict[str, tuple[str, tuple[tuple[str, dict[str, Any]], ...]]] = {
 }
 _PEER_DOSES = (INF, 1e6, 1e5, 1e4, 1e3)
 _ABLATION_DOSES = (INF, 1e7, 1e5, 1e4)
-_NETS = ("default", "paired", "paper")
+_NETS, SAME_BUDGET = ("default", "paired", "paper"), ", same budget"
 
 
 def scans_of(name: str) -> list[Scan]:
@@ -107,7 +107,7 @@ def methods_for(dose: float, wanted: tuple[str, ...], ablation: Path | None, onl
                 label = "default maps" if kind == "default" else kind
                 for weighting in ("uniform",) if kind != "default" else ("sigma",):
                     out.append(
-                        Method(f"{label}, same budget", "network", {"weights": str(folder)}, weighting)
+                        Method(f"{label}{SAME_BUDGET}", "network", {"weights": str(folder)}, weighting)
                     )
     return [m for m in out if only in m.name.lower()]
 
@@ -292,6 +292,18 @@ def measure(
     return rows
 
 
+def rows_kept(rows: list[dict[str, Any]], path: Path, data: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the last table that stay true: of networks of the ablation that are not at hand now."""
+    if not path.exists():
+        return []
+    measured = {row["method"] for row in rows}
+    before = json.loads(path.read_text())["rows"]
+    return [
+        r for r in before
+        if r["method"].endswith(SAME_BUDGET) and r["method"] not in measured and r["data"] in data
+    ]  # fmt: skip
+
+
 def as_line(row: dict[str, Any]) -> str:
     """One row for the terminal: rms of the strain in 1e-3, recall, precision, R factor."""
     dose = "no noise" if row["dose"] is None else f"{row['dose']:g}"
@@ -341,6 +353,8 @@ def main() -> None:
         return
     from .accuracy_report import write_report
 
+    rows += rows_kept(rows, options.out / "accuracy.json", data)
+    record["rows"] = sorted(rows, key=lambda r: (data.index(r["data"]), -(r["dose"] or INF)))
     write_report(record, options.out)
 
 

@@ -77,6 +77,12 @@ def training_facts(weights: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(_read_config(folder).get("training", {}))
 
 
+def network_config(weights: str | os.PathLike[str]) -> FCUNetConfig:
+    """Architecture and thresholds of packaged weights or of a weights folder."""
+    folder, _ = resolve_weights(weights)
+    return FCUNetConfig.from_dict(_read_config(folder)["model"])
+
+
 def load_model(
     weights: str | os.PathLike[str] = "default",
     *,

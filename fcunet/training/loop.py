@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..nn.model import FCUNet, FCUNetConfig, Network, disk_radius
 from ..nn.published import build_network
-from ..nn.weights import load_parts, pick_device, save_weights
+from ..nn.weights import load_parts, network_config, pick_device, save_weights, training_facts
 from .ahead import DrawnAhead
 from .calibration import calibrate
 from .card import model_card
@@ -30,7 +30,7 @@ from .log import Moment, ProgressLine, TrainingLog
 from .losses import LossConfig, Losses, compute_losses, image_losses
 from .settings import TrainConfig
 
-__all__ = ["TrainConfig", "Validation", "export_weights", "train"]
+__all__ = ["TrainConfig", "Validation", "export_weights", "recalibrate", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,9 @@ class Source(Protocol):
         ...
 
 
-# (split, size in px, seed, dose in electrons per pattern or None for the whole range) -> patterns
-SourceFactory = Callable[[str, int, int, float | None], Source]
+# (split, size in px, seed, dose in electrons per pattern or None for the whole range, settings that differ
+# from those of the training) -> patterns
+SourceFactory = Callable[..., Source]
 
 
 @dataclass
@@ -88,7 +89,8 @@ def train(
     ----------
     config : TrainConfig
     make_source : callable, optional
-        (split, size, seed, dose) -> Source. Default: :class:`fcunet.training.dataset.PatternSource`.
+        (split, size, seed, dose, **settings of the source) -> Source. Default:
+        :class:`fcunet.training.dataset.PatternSource`.
     progress : bool, optional
         Show a progress line on stderr; None = if it is a terminal.
 
@@ -365,22 +367,30 @@ class Validation:
 
     def __init__(self, config: TrainConfig, make_source: SourceFactory):
         self.config, self.make_source = config, make_source
-        self._sets: dict[float, list[Batch]] = {}
 
-    @property
+    @cached_property
     def sets(self) -> dict[float, list[Batch]]:
         """Dose -> batches."""
-        if not self._sets:
-            size = self.config.validation_size
-            with torch.random.fork_rng(devices=[]):
-                for i, dose in enumerate(self.config.validation_doses):
-                    source = self.make_source("validation", size, 90_001 + i, dose)
-                    left, batches = self.config.validation_patterns, []
-                    while left > 0:
-                        batches.append(source.batch(min(left, 16)))
-                        left -= 16
-                    self._sets[dose] = batches
-        return self._sets
+        return self._draw(self.config.validation_doses, 90_001)
+
+    @cached_property
+    def flat_sets(self) -> dict[float, list[Batch]]:
+        """The same of evenly filled disks."""
+        return self._draw(self.config.validation_flat_doses, 95_001, flat=1.0)
+
+    def _draw(self, doses: Sequence[float], seed: int, **changes: float) -> dict[float, list[Batch]]:
+        sets = {}
+        with torch.random.fork_rng(devices=[]):
+            for i, dose in enumerate(doses):
+                source = self.make_source(
+                    "validation", self.config.validation_size, seed + i, dose, **changes
+                )
+                left, batches = self.config.validation_patterns, []
+                while left > 0:
+                    batches.append(source.batch(min(left, 16)))
+                    left -= 16
+                sets[dose] = batches
+        return sets
 
     def figures(self, model: Network) -> dict[float, dict[str, float]]:
         """Figures of merit by dose."""
@@ -426,11 +436,28 @@ def export_weights(
     `facts` go to the card and to ``config.json``, `remarks` (Markdown) to the end of the card.
     """
     model.eval()
-    tuned = calibrate(model, validation.sets)
+    tuned = calibrate(model, validation.sets, validation.flat_sets)
     figures = validation.figures(tuned)
     by_dose = {f"{dose:g}": {k: float(f"{v:.4g}") for k, v in f.items()} for dose, f in figures.items()}
     card = model_card(folder.name, tuned, facts, figures, remarks)
     return save_weights(folder, tuned, card=card, extra=facts | {"figures": by_dose})
+
+
+def recalibrate(
+    config: TrainConfig, weights: str | os.PathLike[str], *, make_source: SourceFactory | None = None
+) -> Path:
+    """Tune thresholds and error bars of `weights` on the validation sets of `config`; nothing is trained.
+
+    Returns the folder with the weights. Their training facts are kept, their figures are measured anew.
+    """
+    device = pick_device(config.device)
+    model = build_network(network_config(weights))
+    load_parts(model, weights)
+    model = model.to(device).channels_last()
+    model.precision = config.precision
+    validation = Validation(config, make_source or partial(_pattern_source, config, device))
+    export_weights(model, validation, config.out / WEIGHTS_NAME, facts=training_facts(weights))
+    return config.out / WEIGHTS_NAME
 
 
 class _StopFlag:
@@ -488,13 +515,19 @@ def _training_source(config: TrainConfig, make_source: SourceFactory, size: int,
 
 
 def _pattern_source(
-    config: TrainConfig, device: torch.device, split: str, size: int, seed: int, dose: float | None
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    size: int,
+    seed: int,
+    dose: float | None,
+    **changes: float,
 ) -> Source:
     from .dataset import PatternSource
     from .library import LibrarySource
     from .pool import FolderSource
 
-    options = dict(config.source) | ({} if dose is None else {"dose": (dose, dose)})
+    options = config.source | changes | ({} if dose is None else {"dose": (dose, dose)})
     if split == "validation":
         options["refresh"] = 0.0
     try:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fcunet.nn.weights import load_model
-from fcunet.training.loop import TrainConfig, learning_rate, train
+from fcunet.nn.weights import load_model, training_facts
+from fcunet.training.loop import TrainConfig, learning_rate, recalibrate, train
 
 TINY = {
     "network": {"widths": [8, 8, 8, 8], "attention_layers": 1, "attention_heads": 2},
@@ -201,3 +201,21 @@ def test_train__draws_patterns_ahead_in_other_processes(tmp_path, toy_source):
 
 def _make_toy(toy_source, split, size, seed, dose):
     return toy_source(size, seed, dose)
+
+
+def test_recalibrate__keeps_the_tensors_and_the_facts_and_tunes_the_rest(tmp_path, toy_source):
+    make = partial(_make_toy, toy_source)
+    first = train(TrainConfig(**TINY, out=tmp_path / "a", steps=3), make_source=make)
+    asked = []
+
+    def make_and_note(split, size, seed, dose, **changes):
+        asked.append((split, dose, changes))
+        return make(split, size, seed, dose)
+
+    config = TrainConfig(**TINY, out=tmp_path / "b", steps=3, validation_flat_doses=(1e6,))
+    again = recalibrate(config, first, make_source=make_and_note)
+    assert ("validation", 1e6, {"flat": 1.0}) in asked
+    before, after = (load_file(f / "model.safetensors") for f in (first, again))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert training_facts(again)["samples"] == training_facts(first)["samples"] == 6
+    assert not (tmp_path / "b" / "checkpoint.pt").exists()
