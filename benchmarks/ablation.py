@@ -157,7 +157,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     np.seterr(all="ignore")
-    model = load_model(options.weights, device="cpu")
+    try:
+        model = load_model(options.weights, device="cpu")
+    except (FileNotFoundError, ValueError) as err:
+        parser.error(str(err))
     if not isinstance(model, FCUNet) or model.reader is None:
         parser.error(f"weights {options.weights!r} have no second stage: there is nothing to switch off")
     doses = (INF, 1e5, 1e4)

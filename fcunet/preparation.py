@@ -25,7 +25,7 @@ from .provenance import input_fingerprint, provenance
 from .remote import Place, Remote, scan_of
 from .results import public_settings
 from .shards import DamagedBlockError
-from .store import create_peaks, open_region, open_truth
+from .store import create_peaks, open_region, open_truth, read_status
 from .tiles import load_calibration, save_calibration
 from .zarrfolder import root_attrs
 
@@ -187,6 +187,12 @@ def _check_identity(plan: PlannedRun) -> None:
         raise ValueError(
             f"{plan.out} holds a run that differs in {what}, and peaks of two kinds must not mix; start anew "
             f"with --restart, or keep both with another run directory: --out {plan.out}-2"
+        )
+    lacking = [name for name in schema.PEAKS if not (plan.peaks / name).is_dir()]
+    if lacking and (read_status(plan.peaks) == schema.STATUS_TODO).any():
+        raise ValueError(
+            f"{plan.out} holds a run begun by an older fcunet, whose peaks lack {', '.join(lacking)}, so it "
+            "cannot be continued; start anew with --restart, or finish it with the version that began it"
         )
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from flat_scan import draw_datacube
 
 from fcunet import results, runner, schema, tiles
@@ -147,6 +149,18 @@ def test_run__refuses_to_mix_scans(finished, client, tmp_path):
     other = write_datacube(tmp_path / "scan.zarr", draw_datacube(SCAN, seed=1), layout=Layout(BLOCK, (2, 2)))
     with pytest.raises(ValueError, match="differs in the scan"):
         runner.run(config(other, finished[0]), client=client, progress=False)
+
+
+def test_run__does_not_continue_what_an_older_version_began(finished, store, client, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "peaks.zarr" / "shared_dilation_std")
+    again = runner.run(config(store, out), client=client, progress=False)  # complete: nothing to continue
+    assert again["strain/valid"].any()
+    status = zarr.open_group(out / "peaks.zarr")["status"]
+    status[0, 0] = schema.STATUS_TODO
+    with pytest.raises(ValueError, match=r"older fcunet.*lack shared_dilation_std.*--restart"):
+        runner.run(config(store, out), client=client, progress=False)
 
 
 def test_run__settings_of_strain_batch_and_workers_may_change(finished, store):
