@@ -13,20 +13,17 @@ from .evaluate import Batch, Detector, affine_error, evaluate, match_peaks, netw
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 DILATION_SCALES = (0.0, *(round(0.25 * 1.15**k, 3) for k in range(25)))
-DILATION_FLOORS = (0.0, 1e-5, 2e-5, 3e-5, *(round(5e-5 * k, 6) for k in range(1, 21)))
+DILATION_FLOORS = tuple(round(5e-5 * k, 6) for k in range(21))
 
 
-def calibrate(
-    model: Network, sets: Mapping[float, Sequence[Batch]], flat: Mapping[float, Sequence[Batch]] | None = None
-) -> Network:
+def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
     """A copy of `model` (eval mode) with threshold and position errors tuned on `sets` (dose -> batches).
 
     The threshold maximises the mean over doses of F2, of recall and precision at 1 px, where recall counts
     more: a lattice fit leaves out false peaks, and cannot invent those that are missing. The
     position error becomes ``sqrt((scale sigma)^2 + floor^2)``, with the pair that brings the coverage of 1
     and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square; the shared dilation is treated
-    likewise, for e_xx and e_yy of a lattice fit, with the evenly filled disks of `flat` as further sets: they
-    have next to none.
+    likewise, for e_xx and e_yy of a lattice fit.
     """
     model = _with(model, sigma_scale=1.0, sigma_floor_px=0.0, dilation_scale=1.0, dilation_floor=0.0)
 
@@ -40,7 +37,7 @@ def calibrate(
     scale, floor = fit_sigma([p for p in pairs if len(p[0])])
     model = _with(model, threshold=threshold, sigma_scale=scale, sigma_floor_px=floor)
     detector = network_detector(model)
-    strains = [_strains(detector, batches) for batches in (*sets.values(), *(flat or {}).values())]
+    strains = [_strains(detector, batches) for batches in sets.values()]
     scale, floor = fit_dilation([s for s in strains if len(s[0])])
     return _with(model, dilation_scale=scale, dilation_floor=floor)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,9 +45,8 @@ class Source(Protocol):
         ...
 
 
-# (split, size in px, seed, dose in electrons per pattern or None for the whole range, settings that differ
-# from those of the training) -> patterns
-SourceFactory = Callable[..., Source]
+# (split, size in px, seed, dose in electrons per pattern or None for the whole range) -> patterns
+SourceFactory = Callable[[str, int, int, float | None], Source]
 
 
 @dataclass
@@ -89,8 +88,7 @@ def train(
     ----------
     config : TrainConfig
     make_source : callable, optional
-        (split, size, seed, dose, **settings of the source) -> Source. Default:
-        :class:`fcunet.training.dataset.PatternSource`.
+        (split, size, seed, dose) -> Source. Default: :class:`fcunet.training.dataset.PatternSource`.
     progress : bool, optional
         Show a progress line on stderr; None = if it is a terminal.
 
@@ -371,20 +369,10 @@ class Validation:
     @cached_property
     def sets(self) -> dict[float, list[Batch]]:
         """Dose -> batches."""
-        return self._draw(self.config.validation_doses, 90_001)
-
-    @cached_property
-    def flat_sets(self) -> dict[float, list[Batch]]:
-        """The same of evenly filled disks."""
-        return self._draw(self.config.validation_flat_doses, 95_001, flat=1.0)
-
-    def _draw(self, doses: Sequence[float], seed: int, **changes: float) -> dict[float, list[Batch]]:
         sets = {}
         with torch.random.fork_rng(devices=[]):
-            for i, dose in enumerate(doses):
-                source = self.make_source(
-                    "validation", self.config.validation_size, seed + i, dose, **changes
-                )
+            for i, dose in enumerate(self.config.validation_doses):
+                source = self.make_source("validation", self.config.validation_size, 90_001 + i, dose)
                 left, batches = self.config.validation_patterns, []
                 while left > 0:
                     batches.append(source.batch(min(left, 16)))
@@ -436,7 +424,7 @@ def export_weights(
     `facts` go to the card and to ``config.json``, `remarks` (Markdown) to the end of the card.
     """
     model.eval()
-    tuned = calibrate(model, validation.sets, validation.flat_sets)
+    tuned = calibrate(model, validation.sets)
     figures = validation.figures(tuned)
     by_dose = {f"{dose:g}": {k: float(f"{v:.4g}") for k, v in f.items()} for dose, f in figures.items()}
     card = model_card(folder.name, tuned, facts, figures, remarks)
@@ -515,19 +503,13 @@ def _training_source(config: TrainConfig, make_source: SourceFactory, size: int,
 
 
 def _pattern_source(
-    config: TrainConfig,
-    device: torch.device,
-    split: str,
-    size: int,
-    seed: int,
-    dose: float | None,
-    **changes: float,
+    config: TrainConfig, device: torch.device, split: str, size: int, seed: int, dose: float | None
 ) -> Source:
     from .dataset import PatternSource
     from .library import LibrarySource
     from .pool import FolderSource
 
-    options = config.source | changes | ({} if dose is None else {"dose": (dose, dose)})
+    options = config.source | ({} if dose is None else {"dose": (dose, dose)})
     if split == "validation":
         options["refresh"] = 0.0
     try:

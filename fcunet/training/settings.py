@@ -78,10 +78,6 @@ class TrainConfig(BaseModel):
     validation_doses: tuple[float, ...] = Field(
         (2e3, 1e4, 1e5, 1e7), description="electrons per validation pattern"
     )
-    validation_flat_doses: tuple[float, ...] = Field(
-        (),
-        description="electrons per pattern of evenly filled disks that count in the tuning of error bars",
-    )
     selection_doses: tuple[float, ...] = Field(
         (2e3, 1e4, 1e5), description="doses whose figures choose the weights kept"
     )
