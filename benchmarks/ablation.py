@@ -116,14 +116,15 @@ def strain_rows(model: FCUNet, doses: tuple[float, ...]) -> list[str]:
 
 
 def amplitude_rows(model: FCUNet, dose: float) -> list[str]:
-    """Lines of Markdown: |V_g| of held-out prototypes."""
-    # one binning per batch: what needs more is left out here
-    batches = [b for b in prototype_batches(dose) if float(b.radius.max()) < 12.5]
+    """Lines of Markdown: |V_g| of prototypes of the training, for comparison, and of those held out."""
     lines = []
-    for name in AMPLITUDES:
+    for name, split in (("everything", "train"), *((name, "test") for name in AMPLITUDES)):
+        # one binning per batch: what needs more is left out here
+        batches = [b for b in prototype_batches(dose, split=split) if float(b.radius.max()) < 12.5]
         with torch.inference_mode():
             found = [PARTS[name](model, b.pattern, b.probe, b.optics) for b in batches]
         p = peak_figures(found, batches)
+        name += ", on prototypes of the training" if split == "train" else ""
         values = (p["R"], p["R_scaled"], p["R_allowed"], p["R_scaled_allowed"], p["forbidden_ratio"])
         lines.append("| " + " | ".join([name, *(f"{v:.2f}" for v in values)]) + " |")
         print(lines[-1], flush=True)

@@ -420,14 +420,14 @@ def load(name: str) -> list[Scan]:
     return scans
 
 
-def prototype_batches(dose: float, n: int = 64) -> list[TrainingBatch]:
-    """Patterns of the test split at one dose, in batches of 8, the same on every call."""
-    path = data_folder() / "data" / "test-orientations.npz"
+def prototype_batches(dose: float, n: int = 64, split: str = "test") -> list[TrainingBatch]:
+    """Patterns of a split at one dose, in batches of 8, the same on every call."""
+    path = data_folder() / "data" / f"{split}-orientations.npz"
     if not path.exists():
         from fcunet.training.orientations import save_pool
 
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([SEED, 3])
-        save_pool(make_orientations(training_crystals("test"), 192, rng), path)
-    source = PatternSource("test", SIZE, seed=SEED, pool=path, dose=(dose, dose))
+        save_pool(make_orientations(training_crystals(split), 192, rng), path)
+    source = PatternSource(split, SIZE, seed=SEED, pool=path, dose=(dose, dose))
     return [source.batch(8) for _ in range(n // 8)]
