@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .peaks import Peaks, find_maxima
-from .precision import DiskModel, describe_disk, disk_light, position_sigma
+from .precision import DiskModel, describe_disk, disk_light, measure_contrast, position_sigma
+from .shared_dilation import DILATION_SCALES, shared_dilation_std
 from .spectra import from_columns, to_columns
 from .subpixel import TAPS, crops, interpolation_weights, oversample, parabola, upsample_crops
 
@@ -145,7 +146,8 @@ def find_disks(
     -------
     Peaks
         `intensity` is the height of the (smoothed) correlation; `sigma` is described in
-        :func:`~fcunet.kernels.precision.position_sigma`. `max_num_peaks` slots.
+        :func:`~fcunet.kernels.precision.position_sigma`, `dilation_std` in
+        :func:`~fcunet.kernels.shared_dilation.shared_dilation_std`. `max_num_peaks` slots.
 
     Raises
     ------
@@ -267,6 +269,8 @@ class _Plan(NamedTuple):
     slots: int
     weights: tuple[Tensor, Tensor]  # of interpolation along rows and columns
     disk: DiskModel
+    dilation_scales: tuple[float, float]
+    shape: tuple[int, int]
 
 
 def _plan(
@@ -302,6 +306,8 @@ def _plan(
         slots=slots,
         weights=weights,
         disk=describe_disk(kernel, torch.fft.irfft2(decisive, s=(height, width))),
+        dilation_scales=DILATION_SCALES[transform],
+        shape=(height, width),
     )
 
 
@@ -349,14 +355,17 @@ def _refine(found: _Found, n: int, plan: _Plan) -> Peaks:
         dy, dx = upsample_crops(
             found.square, found.y, found.x, dy, dx, weights=plan.weights, factor=plan.factor
         )
-    sigma = position_sigma(
-        found.light, found.which, n, plan.disk, transform=plan.transform, rounded=plan.subpixel == "pixel"
+    contrast = measure_contrast(found.light, plan.disk, transform=plan.transform)
+    sigma = position_sigma(contrast, found.which, n, plan.disk, rounded=plan.subpixel == "pixel")
+    y, x = found.y + dy, found.x + dx
+    dilation_std = shared_dilation_std(
+        contrast, y, x, sigma, found.which, n, plan.disk, shape=plan.shape, scales=plan.dilation_scales
     )
     padded = intensity.new_full((4, n, plan.slots), torch.nan)
-    padded[:, found.which, found.slot] = torch.stack([found.y + dy, found.x + dx, intensity, sigma])
+    padded[:, found.which, found.slot] = torch.stack([y, x, intensity, sigma])
     order = padded[2].nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices
     qy, qx, intensity, sigma = padded.gather(2, order.expand_as(padded))
-    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, torch.zeros_like(qy[:, 0]))
+    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, dilation_std)
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

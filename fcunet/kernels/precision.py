@@ -1,4 +1,7 @@
-"""How well a disk position found by correlation is known: counting noise and uneven disks."""
+"""How well a disk position found by correlation is known: counting noise and uneven disks.
+
+What uneven disks do to all positions of a pattern alike is in :mod:`fcunet.kernels.shared_dilation`.
+"""
 
 import functools
 import math
@@ -9,8 +12,8 @@ from torch import Tensor
 
 from .subpixel import crops
 
+CONTRAST_SPREAD = 0.02  # variance of the squared contrast among the disks of a pattern, roughly
 _LEVELS = 32
-_SPREAD = 0.02  # variance of the squared contrast among the disks of a pattern, roughly
 # Contrast along the rim of a disk, relative to what a linear contrast inside predicts: fitted to simulated
 # disks, with linear, quadratic and fringe contrast, and dynamical ones; radius 3 to 12 px, edge 0.4 to 1.6
 # px.
@@ -44,30 +47,67 @@ def disk_light(counts: Tensor, which: Tensor, y: Tensor, x: Tensor, disk: DiskMo
     return torch.nn.functional.linear(squares, disk.masks)[: len(which)]
 
 
-def position_sigma(
-    light: Tensor,
-    which: Tensor,
-    n: int,
-    disk: DiskModel,
-    *,
-    transform: str = "none",
-    rounded: bool = False,
-) -> Tensor:
-    """Standard deviation of disk positions that maximise the correlation of transformed counts with a kernel.
+class Contrast(NamedTuple):
+    """How uneven m disks are, and what that does to their positions."""
+
+    counting: Tensor  # (m,) px^2, variance of a position by counting noise, per axis
+    pull: Tensor  # (m,) px by which a linear contrast of 1 shifts a position
+    tilt: Tensor  # (2, m) linear contrast along y and x inside the disk: brightness 1 + tilt . (y, x) / R
+    squared: Tensor  # (m,) mean of its square over the axes, less what counting noise adds to it
+    noise: Tensor  # (m,) that: variance of a tilt by counting noise, per axis
+
+
+def measure_contrast(light: Tensor, disk: DiskModel, *, transform: str = "none") -> Contrast:
+    """Contrast of disks, and the response of their positions to it and to counting noise.
 
     Parameters
     ----------
     light : Tensor, shape (m, 4)
         From :func:`disk_light`, of counts in electrons. Where one electron gives several counts, divide
         first.
+    disk : DiskModel
+        From :func:`describe_disk`.
+    transform : {"none", "sqrt", "log"}
+        What was done to the counts before the correlation.
+
+    Returns
+    -------
+    Contrast
+        See :func:`position_sigma` for the formulae.
+    """
+    in_disk, in_ring, tilt_y, tilt_x = light.T
+    n_disk, n_ring = disk.masks[:2].sum(1)
+    background = (in_ring / n_ring.clamp(min=1)).clamp(min=0)
+    electrons = ((in_disk - background * n_disk) / disk.share).clamp(min=1)
+
+    rate = electrons[:, None] * disk.level + background[:, None]
+    mean, gain, variance = _response(rate, transform)
+    stiffness = _dot(mean, disk.bend).clamp(min=1e-20)
+    counting = _dot(variance, disk.slope_squared) / stiffness**2
+
+    signal = electrons * disk.inner  # per pixel
+    lever = (disk.masks[2] ** 2).sum()
+    noise = (signal + background) / (signal**2 * lever)
+    squared = (tilt_y**2 + tilt_x**2) / (2 * (signal * lever) ** 2) - noise
+    pull = _PULL * electrons * _dot(gain, disk.rim) / stiffness
+    return Contrast(counting, pull, torch.stack([tilt_y, tilt_x]) / (signal * lever), squared, noise)
+
+
+def position_sigma(
+    contrast: Contrast, which: Tensor, n: int, disk: DiskModel, *, rounded: bool = False
+) -> Tensor:
+    """Standard deviation of disk positions that maximise the correlation of transformed counts with a kernel.
+
+    Parameters
+    ----------
+    contrast : Contrast
+        Of m disks, from :func:`measure_contrast`.
     which : Tensor, shape (m,), int64
         Pattern of each of m disks.
     n : int
         Number of patterns.
     disk : DiskModel
         From :func:`describe_disk`.
-    transform : {"none", "sqrt", "log"}
-        What was done to the counts before the correlation.
     rounded : bool
         Positions are whole pixels: adds their variance, 1/12.
 
@@ -100,23 +140,9 @@ def position_sigma(
 
     Both need the disks to be separate, and `corr_power` = 1; for hybrid correlation they are indicative.
     """
-    in_disk, in_ring, tilt_y, tilt_x = light.T
-    n_disk, n_ring = disk.masks[:2].sum(1)
-    background = (in_ring / n_ring.clamp(min=1)).clamp(min=0)
-    electrons = ((in_disk - background * n_disk) / disk.share).clamp(min=1)
-
-    rate = electrons[:, None] * disk.level + background[:, None]
-    mean, gain, variance = _response(rate, transform)
-    stiffness = _dot(mean, disk.bend).clamp(min=1e-20)
-    counting = _dot(variance, disk.slope_squared) / stiffness**2
-
-    signal = electrons * disk.inner  # per pixel
-    lever = (disk.masks[2] ** 2).sum()
-    noise = (signal + background) / (signal**2 * lever)  # variance of a tilt, by counting alone
-    tilt2 = (tilt_y**2 + tilt_x**2) / (2 * (signal * lever) ** 2) - noise
-    contrast2 = _pool(tilt2.clamp(max=1), noise**2, which, n)  # beyond 1, one side would be negative
-    pull = _PULL * electrons * _dot(gain, disk.rim) / stiffness
-    sigma2 = counting + contrast2 * pull**2 + (1 / 12 if rounded else 0.0)
+    # beyond a contrast of 1, one side would be negative
+    contrast2 = _pool(contrast.squared.clamp(max=1), contrast.noise**2, which, n)
+    sigma2 = contrast.counting + contrast2 * contrast.pull**2 + (1 / 12 if rounded else 0.0)
     return sigma2.sqrt().clamp(max=disk.radius)
 
 
@@ -127,7 +153,7 @@ def _dot(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _pool(estimate: Tensor, variance: Tensor, which: Tensor, n: int) -> Tensor:
     """Each disk's squared contrast, drawn towards the mean of its pattern where its own is uncertain."""
-    weight = 1 / (variance + _SPREAD)
+    weight = 1 / (variance + CONTRAST_SPREAD)
     sums = estimate.new_zeros((2, n)).index_add_(1, which, torch.stack([weight * estimate, weight]))
     mean = (sums[0] / sums[1]).clamp(min=0)[which]
     share = 0.5 * mean**2 / (mean**2 + variance).clamp(min=1e-12)

@@ -6,7 +6,13 @@ import torch
 from scipy.special import erfc
 
 from fcunet.kernels.correlation import find_disks, make_kernel
-from fcunet.kernels.precision import _response, describe_disk, disk_light, position_sigma
+from fcunet.kernels.precision import (
+    _response,
+    describe_disk,
+    disk_light,
+    measure_contrast,
+    position_sigma,
+)
 
 RADIUS, EDGE, SIZE = 7.0, 0.7, 128
 
@@ -92,7 +98,8 @@ def test_find_disks__adds_the_rounding_to_whole_pixels():
 def sigma_of(patterns, at, kernel):
     """Error of one disk per pattern, at row and column `at`."""
     model, which = describe_disk(kernel, kernel), torch.arange(len(patterns))
-    return position_sigma(disk_light(patterns, which, at, at, model), which, len(patterns), model)
+    contrast = measure_contrast(disk_light(patterns, which, at, at, model), model)
+    return position_sigma(contrast, which, len(patterns), model)
 
 
 def test_position_sigma__of_a_plain_correlation_is_its_closed_form():
