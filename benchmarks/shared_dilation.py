@@ -185,7 +185,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pool", type=Path, help="folder of orientations; scattered anew without it")
-    parser.add_argument("--patterns", type=int, default=120, help="of each thickness and dose")
+    parser.add_argument("--patterns", type=int, default=240, help="of each thickness and dose")
     parser.add_argument("--transforms", nargs="+", choices=list(DILATION_SCALES), default=["log"])
     parser.add_argument("--out", type=Path, default=RESULTS / "shared_dilation.md")
     options = parser.parse_args()

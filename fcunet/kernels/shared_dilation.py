@@ -16,7 +16,7 @@ from .precision import CONTRAST_SPREAD, Contrast, DiskModel
 # electrons by `python -m benchmarks.shared_dilation`, which also shows how they fare on prototypes that were
 # not used for it; the others have the same, because what a contrast does to the position is in the pull.
 # The three numbers below were chosen on the same crystals, and so that evenly filled disks stay out of it.
-DILATION_SCALES = {"none": (1.8, 0.18), "sqrt": (1.8, 0.18), "log": (1.8, 0.18)}
+DILATION_SCALES = {"none": (1.8, 0.2), "sqrt": (1.8, 0.2), "log": (1.8, 0.2)}
 _NOISE = 3.0  # of the square of the former, so many variances by counting noise count as nothing
 _DOUBT = 3.0  # of the squared contrast, so many standard deviations
 _HALF = 0.3  # squared contrast from which on the latter grows no more, roughly
