@@ -25,9 +25,7 @@ class DiskModel(NamedTuple):
 
     size: int  # side of that square
     radius: float
-    masks: (
-        Tensor  # (4, pixels): disk, ring of background around it; y / R and x / R in the inner part, else 0
-    )
+    masks: Tensor  # (4, pixels): disk, ring of background around it; y and x (px) in the inner part, else 0
     share: Tensor  # part of the electrons of a disk that lies within the first mask
     inner: Tensor  # mean of the probe over the inner part
     level: Tensor  # (_LEVELS,) the probe, in classes of brightness
@@ -75,7 +73,8 @@ def measure_contrast(light: Tensor, disk: DiskModel, *, transform: str = "none")
     Contrast
         See :func:`position_sigma` for the formulae.
     """
-    in_disk, in_ring, tilt_y, tilt_x = light.T
+    in_disk, in_ring = light.T[:2]
+    tilt_y, tilt_x = light.T[2:] / disk.radius
     n_disk, n_ring = disk.masks[:2].sum(1)
     background = (in_ring / n_ring.clamp(min=1)).clamp(min=0)
     electrons = ((in_disk - background * n_disk) / disk.share).clamp(min=1)
@@ -86,7 +85,7 @@ def measure_contrast(light: Tensor, disk: DiskModel, *, transform: str = "none")
     counting = _dot(variance, disk.slope_squared) / stiffness**2
 
     signal = electrons * disk.inner  # per pixel
-    lever = (disk.masks[2] ** 2).sum()
+    lever = (disk.masks[2] ** 2).sum() / disk.radius**2
     noise = (signal + background) / (signal**2 * lever)
     squared = (tilt_y**2 + tilt_x**2) / (2 * (signal * lever) ** 2) - noise
     pull = _PULL * electrons * _dot(gain, disk.rim) / stiffness
@@ -219,7 +218,7 @@ def describe_disk(kernel: Tensor, effective: Tensor) -> DiskModel:
     disk = profile > 0.5 * plateau
     ring = (distance >= radius + 2) & (distance <= radius + 4)
     inner = distance <= max(0.75 * radius - 0.5, 1.0)
-    across = inner * (steps[:, None] / radius)
+    across = inner * steps[:, None].float()  # whole numbers: sums of counts are exact in any order
 
     slopes, bend = _derivatives(effective)
     y = torch.fft.fftfreq(height, 1 / height, device=kernel.device)[:, None]
