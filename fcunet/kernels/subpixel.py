@@ -189,7 +189,11 @@ def oversample(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
         padded[:, -below, :columns] /= 2
     if width % 2 == 0:
         padded[:, :, columns - 1] /= 2
-    return torch.fft.irfft2(padded.mul_(4), s=(2 * height, 2 * width))
+    padded.mul_(4)
+    if padded.device.type != "cpu":
+        return torch.fft.irfft2(padded, s=(2 * height, 2 * width))
+    # one by one: how MKL rounds along columns depends on how many transforms it does at once
+    return torch.stack([torch.fft.irfft2(one, s=(2 * height, 2 * width)) for one in padded])
 
 
 def crops(image: Tensor, which: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
