@@ -123,8 +123,7 @@ def prepare(plan: PlannedRun, known: Calibration | None = None) -> Calibration:
     """The peaks store of this run, made or checked, with the calibration in it: `known`, else measured."""
     if plan.peaks.exists():
         _check_identity(plan)
-        for left in plan.peaks.glob("*/c/**/*.partial"):  # a chunk that was being written at a kill
-            left.unlink(missing_ok=True)
+        remove_partial(plan.peaks)
     else:
         started = time.perf_counter()
         calibration = known or _measure(plan)
@@ -166,6 +165,12 @@ def prepare(plan: PlannedRun, known: Calibration | None = None) -> Calibration:
     if not (plan.peaks / "truth").exists() and (truth := open_truth(plan.store)) is not None:
         _save_truth(plan, truth)
     return load_calibration(plan.peaks)
+
+
+def remove_partial(peaks: Path) -> None:
+    """Remove what is left of chunks that were being written when a process was killed or a node lost."""
+    for left in peaks.glob("*/c/**/*.partial"):
+        left.unlink(missing_ok=True)
 
 
 def _measure(plan: PlannedRun) -> Calibration:

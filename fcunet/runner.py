@@ -37,7 +37,7 @@ from .config import Config, SecondConfig
 from .dashboard import RunPageFeed, page_link
 from .lock import RunLock
 from .memory import peak_rss
-from .preparation import PEAKS, PlannedRun, describe_run, plan_run, prepare, run_id_of
+from .preparation import PEAKS, PlannedRun, describe_run, plan_run, prepare, remove_partial, run_id_of
 from .progress import Progress, duration
 from .remote import Remote, local
 from .results import analyse
@@ -266,6 +266,7 @@ def _find_all_peaks(
             f"stopped with {ended} of {status.size} blocks done; the same command continues: {plan.command}"
         )
     finish_patterns(plan.peaks)
+    remove_partial(plan.peaks)
     if failed:
         say(
             f"  FAILED    {len(failed)} of {status.size} blocks, their positions are NaN (reasons in "

@@ -151,6 +151,20 @@ def test_run__refuses_to_mix_scans(finished, client, tmp_path):
         runner.run(config(other, finished[0]), client=client, progress=False)
 
 
+def test_run__leaves_no_part_of_a_chunk_that_a_lost_node_was_writing(store, client, tmp_path, monkeypatch):
+    out, run_blocks = tmp_path / "run", runner._run_blocks
+
+    def lose_a_node(plan, *args):
+        facts = run_blocks(plan, *args)
+        (plan.peaks / "peak_sigma/c/0/0/0.597e.partial").write_bytes(b"half")
+        return facts
+
+    monkeypatch.setattr(runner, "_run_blocks", lose_a_node)
+    runner.run(config(store, out, region="0:4,0:4"), client=client, progress=False)
+    assert (out / "peaks.zarr/peak_sigma/c/0/0/0").is_file()
+    assert not list(out.rglob("*.partial"))
+
+
 def test_run__does_not_continue_what_an_older_version_began(finished, store, client, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)

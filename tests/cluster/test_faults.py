@@ -120,10 +120,12 @@ def test_run__ends_with_the_same_bytes_when(fault, slurm, site, store, serial, t
 def test_run__ends_with_the_same_bytes_when_a_node_is_lost(slurm, site, store, serial, tmp_path, monkeypatch):
     site.wait_for_workers(3, timeout=120 * PATIENCE)
     victim, out = pick(site, slurm), tmp_path / "run"
-    run_and_break(site, store, out, lambda v: kill_node(v.lab, v.node), victim, monkeypatch)
-    assert_same_bytes(out, serial)
-    start_node(slurm, victim.node)  # SLURM holds the dead jobs' resources until the node is back
-    wait_for_nodes(slurm)
+    try:
+        run_and_break(site, store, out, lambda v: kill_node(v.lab, v.node), victim, monkeypatch)
+        assert_same_bytes(out, serial)
+    finally:  # SLURM holds the dead jobs' resources until the node is back; the next tests need it
+        start_node(slurm, victim.node)
+        wait_for_nodes(slurm)
     until(lambda: len(site.nthreads()) == 3, "the replacement")
 
 
