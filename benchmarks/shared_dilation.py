@@ -24,6 +24,7 @@ from torch import Tensor
 from fcunet.kernels.correlation import DiskFinder, disk_radius, make_kernel
 from fcunet.kernels.peaks import Peaks
 from fcunet.kernels.shared_dilation import DILATION_SCALES
+from fcunet.training.calibration import miscoverage
 from fcunet.training.dataset import PatternSource, Pool, TrainingBatch, load_pool
 from fcunet.training.evaluate import affine_error, match_peaks
 from fcunet.training.pool import fill_pool
@@ -136,11 +137,6 @@ def ratios(one: Set, scales: tuple[float, float]) -> Tensor:
     """Errors in units of error bars, (k, 2)."""
     shared = (one.parts * torch.tensor(scales)).square().sum(1)
     return one.error.abs() / (one.std.square() + shared[:, None]).sqrt()
-
-
-def miscoverage(ratio: Tensor) -> float:
-    """Squared distance of the shares within one and two error bars from those wanted."""
-    return sum((float((ratio < k).double().mean()) - wanted) ** 2 for k, wanted in ((1, 0.6827), (2, 0.9545)))
 
 
 def fit_scales(sets: list[Set]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ _MOST_NOISE = 0.25  # variance of a tilt that cannot exceed 1
 _MIN_SIGMA = 1e-3  # px, as in the lattice fit
 
 
-def dilation_parts(
+def shared_dilation_std(
     contrast: Contrast,
     y: Tensor,
     x: Tensor,
@@ -34,8 +34,9 @@ def dilation_parts(
     disk: DiskModel,
     *,
     shape: tuple[int, int],
+    scales: tuple[float, float] = DILATION_SCALES["none"],
 ) -> Tensor:
-    """Two dilations, strains, that the contrast of the disks of a pattern speaks for, beyond counting noise.
+    """Standard deviation of a dilation that all positions of a pattern share beside `sigma`.
 
     Parameters
     ----------
@@ -53,12 +54,32 @@ def dilation_parts(
         From :func:`~fcunet.kernels.precision.describe_disk`.
     shape : (int, int)
         Of the frame. Disks that it cuts do not count: their contrast is that of the cut.
+    scales : (float, float)
+        Factors of the two parts, of :data:`DILATION_SCALES` by the transform of the counts.
 
     Returns
     -------
-    Tensor, shape (2, n), float32
-        The size of the dilation predicted, and what the texture at large can do; see
-        :func:`shared_dilation_std`. 0 where there is nothing to measure.
+    Tensor, shape (n,), float32
+        A strain; 0 where the disks are even as far as counting tells, and where there are none.
+
+    Notes
+    -----
+    Disk j with the linear contrast t_j is shifted by about ``P_j t_j``
+    (:func:`~fcunet.kernels.precision.position_sigma`). A lattice fit with weights w_j = 1 / sigma_j^2 takes
+    such shifts for the dilation ::
+
+        d = sum(w_j P_j q_j . t_j) / sum(w_j q_j^2)
+
+    with q_j from the weighted mean of the positions. Counting noise in the tilts gives d the variance v =
+    sum((w_j P_j)^2 q_j^2 noise_j) / sum(w_j q_j^2)^2. On crystals of other prototypes d agrees with the true
+    error in sign and, roughly, in size, but not well enough to correct it: contrast at the rim need not
+    continue that inside. So it states an error, with the variance ::
+
+        a^2 max(d^2 - 3 v, 0) + b^2 (sum(w_j |P_j| |q_j|) / sum(w_j q_j^2))^2 T / (T + 0.3)
+
+    The second term is for tilts that cancel inside the disks, which those at the rims need not do: T is the
+    mean squared contrast of the disks less three standard deviations by counting noise, at least 0, and the
+    bracket what a contrast of 1 pointing outwards everywhere would do.
     """
     reach = 0.75 * disk.radius  # half the side of what the contrast is measured in
     whole = (y >= reach) & (y <= shape[0] - 1 - reach) & (x >= reach) & (x <= shape[1] - 1 - reach)
@@ -91,53 +112,5 @@ def dilation_parts(
     predicted2 = (sums[1] / moment) ** 2 - _NOISE * sums[2] / moment**2
     squared = (sums[5] / trusted - _DOUBT * sums[6].sqrt() / trusted).clamp(min=0)
     textured = (squared / (squared + _HALF)).sqrt()
-    return torch.stack([predicted2.clamp(min=0).sqrt(), textured * sums[3] / moment])
-
-
-def shared_dilation_std(
-    contrast: Contrast,
-    y: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    which: Tensor,
-    n: int,
-    disk: DiskModel,
-    *,
-    shape: tuple[int, int],
-    scales: tuple[float, float] = DILATION_SCALES["none"],
-) -> Tensor:
-    """Standard deviation of a dilation that all positions of a pattern share beside `sigma`.
-
-    Parameters
-    ----------
-    contrast, y, x, sigma, which, n, disk, shape
-        As for :func:`dilation_parts`.
-    scales : (float, float)
-        Factors of the two parts, of :data:`DILATION_SCALES` by the transform of the counts.
-
-    Returns
-    -------
-    Tensor, shape (n,), float32
-        A strain; 0 where the disks are even as far as counting tells, and where there are none.
-
-    Notes
-    -----
-    Disk j with the linear contrast t_j is shifted by about ``P_j t_j``
-    (:func:`~fcunet.kernels.precision.position_sigma`). A lattice fit with weights w_j = 1 / sigma_j^2 takes
-    such shifts for the dilation ::
-
-        d = sum(w_j P_j q_j . t_j) / sum(w_j q_j^2)
-
-    with q_j from the weighted mean of the positions. Counting noise in the tilts gives d the variance v =
-    sum((w_j P_j)^2 q_j^2 noise_j) / sum(w_j q_j^2)^2. On crystals of other prototypes d agrees with the true
-    error in sign and, roughly, in size, but not well enough to correct it: contrast at the rim need not
-    continue that inside. So it states an error, with the variance ::
-
-        a^2 max(d^2 - 3 v, 0) + b^2 (sum(w_j |P_j| |q_j|) / sum(w_j q_j^2))^2 T / (T + 0.3)
-
-    The second term is for tilts that cancel inside the disks, which those at the rims need not do: T is the
-    mean squared contrast of the disks less three standard deviations by counting noise, at least 0, and the
-    bracket what a contrast of 1 pointing outwards everywhere would do.
-    """
-    parts = dilation_parts(contrast, y, x, sigma, which, n, disk, shape=shape)
-    return torch.hypot(scales[0] * parts[0], scales[1] * parts[1])
+    predicted = predicted2.clamp(min=0).sqrt()
+    return torch.hypot(scales[0] * predicted, scales[1] * textured * sums[3] / moment)

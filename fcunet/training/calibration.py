@@ -60,7 +60,7 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         for scale in torch.logspace(-0.7, 0.7, 57).tolist():  # 5 % steps
             cost = 0.0
             for error, sigma in pairs:
-                cost += _miscoverage(error.abs() / torch.hypot(scale * sigma, torch.tensor(floor))[:, None])
+                cost += miscoverage(error.abs() / torch.hypot(scale * sigma, torch.tensor(floor))[:, None])
             if pairs and cost < best:
                 best, answer = cost, (round(scale, 4), floor)
     return answer
@@ -86,13 +86,13 @@ def fit_dilation(sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, floa
             cost = 0.0
             for error, std, predicted in sets:
                 shared = (scale * predicted).square() + floor**2
-                cost += _miscoverage(error.abs() / (std.square() + shared[:, None]).sqrt())
+                cost += miscoverage(error.abs() / (std.square() + shared[:, None]).sqrt())
             if sets and cost < best:
                 best, answer = cost, (scale, floor)
     return answer
 
 
-def _miscoverage(ratio: Tensor) -> float:
+def miscoverage(ratio: Tensor) -> float:
     """Squared distance of the shares of errors within 1 and 2 error bars from 68.3 and 95.4 %."""
     shares = ((1, 0.6827), (2, 0.9545))
     return sum((float((ratio < k).float().mean()) - share) ** 2 for k, share in shares)
