@@ -12,6 +12,7 @@ validation patterns of the settings.
 import argparse
 import logging
 
+from fcunet.nn.weights import resolve_weights
 from fcunet.training.loop import recalibrate, train
 from fcunet.training.pool import fill_pool
 from fcunet.training.settings import TrainConfig
@@ -29,7 +30,12 @@ def main() -> None:
     parser.add_argument("--split", default="train", choices=("train", "validation"), help="with --scatter")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = TrainConfig.load(arguments.config, out=arguments.out)
+    try:
+        config = TrainConfig.load(arguments.config, out=arguments.out)
+        if arguments.calibrate:
+            resolve_weights(arguments.calibrate)
+    except (FileNotFoundError, ValueError) as err:
+        parser.error(str(err))
     if arguments.scatter:
         if config.pool is None:
             parser.error(f"{arguments.config} names no 'pool' to scatter into; add the line pool: runs/pool")
