@@ -12,6 +12,7 @@ from torch import multiprocessing
 from .evaluate import Batch
 
 _PATIENCE_S = 1.0  # between looks whether the other side is still alive
+_MOST_LOST = 5  # batches in a row
 
 
 class DrawnAhead:
@@ -51,9 +52,15 @@ class DrawnAhead:
         """
         if n != self.n:
             raise ValueError(f"batches of {self.n} patterns are drawn ahead, asked for were {n}")
+        lost = 0
         while True:
             try:
                 item = self._queue.get(timeout=_PATIENCE_S)
+            except OSError:  # its memory could not be handed over: the next one will do
+                lost += 1
+                if lost == _MOST_LOST:
+                    raise
+                continue
             except queue.Empty:
                 gone = [p.exitcode for p in self._processes if not p.is_alive()]
                 if gone:
