@@ -131,7 +131,10 @@ def cached(
         if float(stored["fingerprint"]) != _fingerprint(counts):
             return None
         fields = {k: torch.as_tensor(stored[k]) for k in Peaks._fields if k in stored}
-        fields.setdefault("dilation_std", torch.zeros(len(fields["qy"])))
+        if "dilation" not in fields:  # kept before the field had this name, or by a method without one
+            fields["dilation"] = torch.as_tensor(
+                stored["dilation_std"] if "dilation_std" in stored else np.zeros(len(fields["qy"]))
+            )
         return Peaks(**fields), float(stored["seconds"])
 
 

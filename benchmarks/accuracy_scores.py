@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fcunet.kernels.lattice import fit_lattice
-from fcunet.kernels.lattice_fit import with_shared_dilation
 from fcunet.kernels.peaks import Peaks
-from fcunet.kernels.strain import deformation_gradient, strain_from_F, strain_std
+from fcunet.kernels.strain import deformation_gradient, strain_from_F, strain_std, with_shared_dilation
 from fcunet.training.evaluate import Batch, Totals, match_peaks
 
 from .accuracy_data import Scan
@@ -62,7 +61,7 @@ class Strain:
 
 
 def strain_errors(
-    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation_std: np.ndarray | float = 0.0
+    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation: np.ndarray | float = 0.0
 ) -> Strain:
     """Strain that the lattice fit finds in the peaks of a scan, less the truth; the reference is exact."""
     distorted = scan.g_ref @ scan.distortion.T
@@ -75,7 +74,7 @@ def strain_errors(
     A = scan.distortion
     F = A.T @ F @ np.linalg.inv(A.T)
     found, true = strain_from_F(F), strain_from_F(scan.F)
-    covariance = with_shared_dilation(fit.covariance, fit.g, dilation_std)
+    covariance = with_shared_dilation(fit.covariance, fit.g, dilation)
     std = strain_std(fit.g, distorted, covariance)
     error = np.stack([found[c] - true[c] for c in COMPONENTS], -1)
     error[~(np.abs(error) < _WRONG).all(-1)] = np.nan

@@ -73,29 +73,38 @@ def between(pool: Pool, low_nm: float, high_nm: float) -> Pool:
     return Pool(**{f.name: getattr(pool, f.name)[chosen] for f in fields(Pool)})
 
 
+def finder_of(probe: Tensor, transform: str = "log") -> DiskFinder:
+    """Correlation with the defaults of a run."""
+    radius = disk_radius(probe)
+    return DiskFinder(
+        make_kernel(probe),
+        sigma_cc=1.0,
+        transform=transform,  # type: ignore[arg-type]
+        min_peak_spacing=1.5 * radius,
+        edge_boundary=int(np.ceil(radius)),
+        max_num_peaks=128,
+        min_absolute_intensity=0.0,
+        min_relative_intensity=0.005,
+        relative_to_peak=0,
+    )
+
+
+def join(found: list[Peaks]) -> Peaks:
+    """Peaks of one batch after the other."""
+    return Peaks(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
 def search(batch: TrainingBatch, transform: str) -> tuple[Peaks, Tensor]:
-    """Peaks with the defaults of a run, each pattern by its own probe, and both parts of the dilation."""
+    """Peaks, each pattern by its own probe, and the size of both parts of the dilation."""
     found, parts = [], []
     for pattern, probe in zip(batch.pattern, batch.probe, strict=True):
-        radius = disk_radius(probe)
-        finder = DiskFinder(
-            make_kernel(probe),
-            sigma_cc=1.0,
-            transform=transform,  # type: ignore[arg-type]
-            min_peak_spacing=1.5 * radius,
-            edge_boundary=int(np.ceil(radius)),
-            max_num_peaks=128,
-            min_absolute_intensity=0.0,
-            min_relative_intensity=0.005,
-            relative_to_peak=0,
-        )
-        each = []
+        finder, each = finder_of(probe, transform), []
         for scales in ((1.0, 0.0), (0.0, 1.0)):
             finder.plan = finder.plan._replace(dilation_scales=scales)
             each.append(finder(pattern[None]))
         found.append(each[0])
-        parts.append(torch.cat([peaks.dilation_std for peaks in each]))
-    return Peaks(*(torch.cat(column) for column in zip(*found, strict=True))), torch.stack(parts)
+        parts.append(torch.cat([peaks.dilation.abs() for peaks in each]))
+    return join(found), torch.stack(parts)
 
 
 def draw(source: PatternSource, n: int, kind: str, electrons: float, transform: str) -> Set:

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import cepstral, schema
 from .kernels import lattice as kernel
-from .kernels.lattice_fit import with_shared_dilation
 from .kernels.lattice_several import find_lattices
 from .kernels.lattice_several import fit_lattices as kernel_lattices
 from .layout import check_whole_peaks
@@ -45,8 +44,8 @@ def fit_lattice(
     peaks : Dataset
         `peak_qy`, `peak_qx` (scan_y, scan_x, peak), and if there `peak_intensity`, `peak_sigma`, and
         `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy.
-        `shared_dilation_std` (scan_y, scan_x), a strain, is what `peak_sigma` leaves out: an error that all
-        peaks of a pattern share. It goes into `covariance` where `weighting` is "sigma".
+        `shared_dilation` (scan_y, scan_x), a strain, is what `peak_sigma` leaves out: an error that all
+        peaks of a pattern share; it is handed on where `weighting` is "sigma".
     basis : array_like, shape (2, 2) or (n, 2, 2), optional
         Approximate g1, g2 as (y, x) in px, of one lattice or of each that may occur. None: found from a
         sample of the peaks.
@@ -63,7 +62,9 @@ def fit_lattice(
     -------
     Dataset
         `origin_qy, origin_qx, g1_qy, g1_qx, g2_qy, g2_qx` (scan_y, scan_x) float64 px, their `covariance`
-        (.., parameter, parameter2) px^2, `fit_error` px, `n_indexed`, `score` and `lattice_id`.
+        (.., parameter, parameter2) px^2, `fit_error` px, `n_indexed`, `score` and `lattice_id`;
+        `shared_dilation` of the peaks, which is not part of `covariance`: most of it cancels against a
+        reference in the same crystal, as :func:`compute_strain` does.
         NaN, and 0, where there is no lattice. What was chosen or found is in the attributes.
 
     Raises
@@ -132,10 +133,10 @@ def fit_lattices(
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
     arrays += [peaks[name] for name in optional]
     core = [["peak"]] * len(arrays)
-    if weighting == "sigma" and "shared_dilation_std" in peaks:
-        arrays.append(peaks["shared_dilation_std"])
-        core = [*core, []]
-        optional = [*optional, "shared_dilation_std"]
+    shared = ["shared_dilation"] if weighting == "sigma" and "shared_dilation" in peaks else []
+    for name in shared:
+        arrays.append(peaks[name])
+        core, optional = [*core, []], [*optional, name]
     if origin is None and {"origin_qy", "origin_qx"} <= set(peaks):
         arrays += [peaks["origin_qy"].astype(float), peaks["origin_qx"].astype(float)]
         core = [*core, [], []]
@@ -152,9 +153,13 @@ def fit_lattices(
         *arrays,
         kwargs={"optional": optional, "bases": bases, "options": options | places},
         input_core_dims=core,
-        output_core_dims=([[]] * 6 + [["parameter", "parameter2"], [], [], [], []]) * max_lattices,
+        output_core_dims=([[]] * 6 + [["parameter", "parameter2"]] + [[]] * (4 + len(shared))) * max_lattices,
         dask="parallelized",
-        output_dtypes=([np.float64] * 6 + [np.float32, np.float32, np.int16, np.float32, np.uint8])
+        output_dtypes=(
+            [np.float64] * 6
+            + [np.float32, np.float32, np.int16, np.float32, np.uint8]
+            + [np.float32] * len(shared)
+        )
         * max_lattices,
         dask_gufunc_kwargs={"output_sizes": {"parameter": 6, "parameter2": 6}},
     )
@@ -173,7 +178,15 @@ def fit_lattices(
         "min_num_peaks": int(min_num_peaks),
     }
     attrs |= _geometry(peaks)
-    names = (*schema.LATTICE_PARAMETERS, "covariance", "fit_error", "n_indexed", "score", "lattice_id")
+    names = (
+        *schema.LATTICE_PARAMETERS,
+        "covariance",
+        "fit_error",
+        "n_indexed",
+        "score",
+        "lattice_id",
+        *shared,
+    )
     lattices = []
     for place in range(max_lattices):
         own = results[place * len(names) : (place + 1) * len(names)]
@@ -232,19 +245,19 @@ def _fit_block(
     )
     out: list[Array] = []
     for fit, number in zip(several.fits, several.lattice_id, strict=True):
-        covariance = fit.covariance
-        if "shared_dilation_std" in given:
-            covariance = with_shared_dilation(covariance, fit.g, given["shared_dilation_std"])
         out += [
             fit.origin[..., 0],
             fit.origin[..., 1],
             *(fit.g[..., i, j] for i in (0, 1) for j in (0, 1)),
-            covariance.astype(np.float32),
+            fit.covariance.astype(np.float32),
             fit.fit_error.astype(np.float32),
             fit.n_indexed.astype(np.int16),
             fit.score.astype(np.float32),
             number.astype(np.uint8),
         ]
+        if "shared_dilation" in given:
+            known = np.isfinite(fit.g).all((-1, -2))
+            out.append(np.where(known, given["shared_dilation"], np.nan).astype(np.float32))
     return tuple(out)
 
 

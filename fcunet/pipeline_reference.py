@@ -1,7 +1,7 @@
 """What strain is relative to: the reference lattices of a scan, and its grains."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -18,6 +18,15 @@ WORDS = ("median", "robust_median", "weighted_median", "grain")
 VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
 _PART = 2**16  # positions at a time
 _SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
+
+
+class Reference(NamedTuple):
+    """What the strain of some positions is relative to."""
+
+    g: Array  # (2, 2) px, rows g1, g2
+    covariance: Array | None  # (6, 6) px^2; None: exact
+    dilation: float | None  # that its patterns share, a strain; None: it was not measured
+    origin: str  # in words
 
 
 def lattice_numbers(lattice: xr.Dataset) -> xr.DataArray:
@@ -40,8 +49,8 @@ def find_grains(lattice: xr.Dataset) -> xr.DataArray:
 
 def find_references(
     lattice: xr.Dataset, reference: str | ArrayLike, member: xr.DataArray
-) -> dict[int, tuple[Array, Array | None, str]]:
-    """Reference of each group of positions: vectors (2, 2), their covariance (6, 6), and their origin.
+) -> dict[int, Reference]:
+    """Reference of each group of positions.
 
     Parameters
     ----------
@@ -62,10 +71,10 @@ def find_references(
             f"reference is {reference!r}; use 'median', a region (y0, y1, x0, x1), "
             "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px; the words are " + ", ".join(WORDS)
         )
-    names = [n for n in (*VECTORS, "covariance") if n in lattice]
+    names = [n for n in (*VECTORS, "covariance", "shared_dilation") if n in lattice]
     whole = lattice[names].compute()
     numbers = [int(n) for n in np.unique(member.values) if n > 0]
-    found: dict[int, tuple[Array, Array | None, str]] = {}
+    found: dict[int, Reference] = {}
     for number in numbers or [1]:
         group = member == number
         if isinstance(reference, str) and reference == "grain" and int(group.sum()) < _SMALLEST_GRAIN:
@@ -86,8 +95,8 @@ def find_references(
     return found
 
 
-def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array | None, int]:
-    """Median of vectors (n, 4) in one of the senses of `word`, its covariance, and the number used.
+def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array | None, NDArray[np.bool_]]:
+    """Median of vectors (n, 4) in one of the senses of `word`, its covariance, and which were used.
 
     Medians are taken of stretch and rotation against a first guess, the median of the components: that alone
     would be no lattice of the crystal where it is turned here and there, but a sheared and shrunken one (by
@@ -96,7 +105,7 @@ def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array
     first = np.nanmedian(g, axis=0).reshape(2, 2)
     parts = strain_from_F(deformation_gradient(g.reshape(-1, 2, 2), first), "biot")
     values = np.stack([parts[name] for name in COMPONENTS], -1)
-    kept = np.isfinite(values).all(1)
+    kept = np.asarray(np.isfinite(values).all(1))
     middle = np.median(values[kept], axis=0)
     if word == "robust_median":
         for _ in range(20):
@@ -105,19 +114,19 @@ def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array
                 near = (np.abs(values - middle) <= 3 * np.maximum(scale, 1e-12)).all(1)
             if not near.any() or (near == kept).all():
                 break
-            kept, middle = near, np.median(values[near], axis=0)
+            kept, middle = np.asarray(near), np.median(values[near], axis=0)
     n = int(kept.sum())
     if covariance is None:
-        return _deformed(first, middle), None, n
+        return _deformed(first, middle), None, kept
     # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
     factor = (1.0 if n < 3 else np.pi / 2) / n
-    mean, variance = _mean_covariance(covariance, np.asarray(kept))
+    mean, variance = _mean_covariance(covariance, kept)
     if word == "weighted_median":
         weight = 1 / np.where(variance > 0, variance, np.nan)
         if np.isfinite(weight).all():
             middle = np.array([_weighted_median(values[kept, i], weight) for i in range(4)])
             mean = mean / (np.nanmean(variance) * np.nanmean(weight))
-    return _deformed(first, middle), mean * factor, n
+    return _deformed(first, middle), mean * factor, kept
 
 
 def _mean_covariance(covariance: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:
@@ -150,8 +159,8 @@ def _weighted_median(values: Array, weight: Array) -> float:
     return float(np.interp(total[-1] / 2 + weight[order][-1] / 4, total, values[order]))
 
 
-def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, Array | None, str]:
-    """Reference vectors (2, 2), their covariance (6, 6), and their origin."""
+def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> Reference:
+    """Reference of the lattices of one crystal."""
     if not isinstance(reference, str) and np.shape(reference) == (2, 2):
         vectors = np.asarray(reference, dtype=np.float64)
         basis = np.asarray(lattice.attrs.get("basis_px", vectors), dtype=np.float64)
@@ -163,7 +172,7 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, 
                 f"{np.round(basis, 2).tolist()} px, strained; give vectors of that lattice, or fit with "
                 "basis= the reference"
             )
-        return np.linalg.inv(indices) @ vectors, None, "given vectors"
+        return Reference(np.linalg.inv(indices) @ vectors, None, None, "given vectors")
     part, where = lattice, "all positions"
     if not isinstance(reference, str):
         if np.shape(reference) != (4,):
@@ -194,24 +203,29 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> tuple[Array, 
     if "covariance" in part:
         covariance = part["covariance"].values.reshape(-1, 6, 6)
     middle, of_middle, used = _middle(g, covariance, reference if isinstance(reference, str) else "median")
+    shared = None
+    if "shared_dilation" in part:
+        own = np.nan_to_num(part["shared_dilation"].values.ravel()[used])
+        shared = float(np.median(own))
     name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
-    return middle, of_middle, f"{name} of {used} of {len(g)} positions, {where}"
+    text = f"{name} of {int(used.sum())} of {len(g)} positions, {where}"
+    return Reference(middle, of_middle, shared, text)
 
 
 def onto_crystal(
-    references: dict[int, tuple[Array, Array | None]],
+    references: dict[int, Reference],
     crystal: str | Crystal,
     q_pixel: float | None,
     *,
     zone: ArrayLike | None = None,
     miller: ArrayLike | None = None,
-) -> tuple[dict[int, tuple[Array, Array | None]], NDArray[np.int64], str]:
+) -> tuple[dict[int, Reference], NDArray[np.int64], str]:
     """Ideal lattices instead of measured references, turned onto them; indices of g1, g2, and a name.
 
     Parameters
     ----------
     references : dict
-        Number: measured vectors (2, 2) in px on an undistorted detector, covariance.
+        Number: what was measured, on an undistorted detector.
     crystal, q_pixel, zone, miller
         As for :func:`fcunet.compute_strain`.
 
@@ -230,12 +244,12 @@ def onto_crystal(
     ideal, indices = dict(references), None
     for number in sorted(references):
         try:
-            vectors, own = known.lattice(references[number][0], q_pixel, zone=zone, miller=miller)
+            vectors, own = known.lattice(references[number].g, q_pixel, zone=zone, miller=miller)
         except ValueError:
             if indices is None:
                 raise
             continue
-        ideal[number] = (vectors, None)
+        ideal[number] = Reference(vectors, None, None, references[number].origin)
         indices = own if indices is None else indices
     assert indices is not None
     name = " and ".join("({} {} {})".format(*row) for row in indices)

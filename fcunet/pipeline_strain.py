@@ -21,11 +21,14 @@ from .kernels.strain import (
     deformation_gradient,
     principal_strains,
     rotate_frame,
+    shared_dilation_left,
     strain_from_F,
     strain_std,
+    with_shared_dilation,
 )
 from .pipeline_reference import (
     VECTORS,
+    Reference,
     axis_angle,
     axis_in_lattice,
     find_grains,
@@ -120,16 +123,17 @@ def compute_strain(
     ellipse = Ellipse(
         float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
     )
-    measured_ref, _, description = references[min(references)]
-    flat = {
-        number: undistort_lattice(vectors, covariance, ellipse)
-        for number, (vectors, covariance, _) in references.items()
-    }
+    first = references[min(references)]
+    measured_ref, description = first.g, first.origin
+    flat = {}
+    for number, own in references.items():
+        g, of_g = undistort_lattice(own.g, own.covariance, ellipse)
+        flat[number] = own._replace(g=g, covariance=of_g)
     indices = None
     if crystal is not None:
         scale = lattice.attrs.get("q_pixel") if q_pixel is None else q_pixel
         flat, indices, note = onto_crystal(flat, crystal, scale, zone=zone, miller=miller)
-        measured_ref, description = flat[min(flat)][0], f"{note}, turned onto {description}"
+        measured_ref, description = flat[min(flat)].g, f"{note}, turned onto {description}"
     if transpose is None:
         transpose = bool(lattice.attrs.get("scan_transposed", False))
     frame = "detector" if rotation_degree is None and not transpose else "scan"
@@ -144,25 +148,27 @@ def compute_strain(
     rotations = dict.fromkeys(flat, options["rotation_degree"])
     if axis is not None:
         along = axis_in_lattice(axis, indices)
-        rotations = {number: axis_angle(along @ flat[number][0], bool(transpose)) for number in flat}
+        rotations = {number: axis_angle(along @ flat[number].g, bool(transpose)) for number in flat}
         frame, options["rotation_degree"] = "crystal", rotations[min(flat)]
     strain_from_F(np.eye(2), measure, convention)  # refuses unknown names before the first block is computed
-    for vectors, _ in flat.values():
-        deformation_gradient(vectors, vectors)
-    covariance = lattice.get("covariance")
+    for one in flat.values():
+        deformation_gradient(one.g, one.g)
+    errors = [name for name in ("covariance", "shared_dilation") if name in lattice]
     if lattice["g1_qy"].chunks is not None:
         member = member.chunk(dict(zip(schema.SCAN_DIMS, lattice["g1_qy"].chunks, strict=True)))
-    arrays = [*(lattice[name] for name in VECTORS), member] + ([] if covariance is None else [covariance])
+    arrays = [*(lattice[name] for name in VECTORS), member, *(lattice[name] for name in errors)]
+    matrix = ["parameter", "parameter2"]
     results = xr.apply_ufunc(
         _strain_block,
         *arrays,
         kwargs={
+            "errors": errors,
             "references": flat,
             "rotations": rotations,
             "options": options,
             "ellipse": ellipse,
         },
-        input_core_dims=[[]] * 5 + ([] if covariance is None else [["parameter", "parameter2"]]),
+        input_core_dims=[[]] * 5 + [matrix if name == "covariance" else [] for name in errors],
         output_core_dims=[[]] * 13 + [["row", "column"]],
         dask="parallelized",
         output_dtypes=[np.float64] * 4 + [np.float32] * 9 + [np.float64],
@@ -200,6 +206,7 @@ def compute_strain(
         "reference": description,
         "g1_ref_px": measured_ref[0].tolist(),
         "g2_ref_px": measured_ref[1].tolist(),
+        **({} if first.dilation is None or crystal is not None else {"shared_dilation_ref": first.dilation}),
     }
     return strain
 
@@ -252,11 +259,20 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
     return errors
 
 
-def _strain_block(*arrays: Array, references: dict, rotations: dict, options: dict, ellipse: Ellipse):
-    """Vector components, number of the reference, maybe covariance in; variables of the strain and F out."""
+def _strain_block(
+    *arrays: Array,
+    errors: Sequence[str],
+    references: dict[int, Reference],
+    rotations: dict,
+    options: dict,
+    ellipse: Ellipse,
+):
+    """Vector components, number of the reference, and `errors` in; variables of the strain and F out."""
     lead = arrays[0].shape
     g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
-    g, covariance = undistort_lattice(g, arrays[5] if len(arrays) == 6 else None, ellipse)
+    given = dict(zip(errors, arrays[5:], strict=True))
+    g, covariance = undistort_lattice(g, given.get("covariance"), ellipse)
+    shared = given.get("shared_dilation")
     member = np.asarray(arrays[4])
     F, turned = (np.full((*lead, 2, 2), np.nan) for _ in range(2))
     std = {f"{name}_std": np.full(lead, np.nan) for name in COMPONENTS}
@@ -264,13 +280,18 @@ def _strain_block(*arrays: Array, references: dict, rotations: dict, options: di
         if number not in references:
             continue
         here = member == number
-        g_ref, of_reference = references[number]
+        reference = references[number]
         frame = {"rotation_degree": rotations[number], "transpose": options["transpose"]}
-        F[here] = deformation_gradient(g[here], g_ref)
+        F[here] = deformation_gradient(g[here], reference.g)
         turned[here] = rotate_frame(F[here], **frame)
         if covariance is not None:
-            given = options | frame
-            own = strain_std(g[here], g_ref, covariance[here], reference_covariance=of_reference, **given)
+            of_g = covariance[here]
+            if shared is not None:
+                left = shared_dilation_left(shared[here], reference.dilation)
+                of_g = with_shared_dilation(of_g, g[here], left)
+            own = strain_std(
+                g[here], reference.g, of_g, reference_covariance=reference.covariance, **options | frame
+            )
             for name, values in own.items():
                 std[name][here] = values
     strain = strain_from_F(turned, options["measure"], options["convention"])

@@ -105,11 +105,12 @@ PEAKS = (
         Variable("n_peaks", SCAN_DIMS, "iu", "1", "number of Bragg peaks kept"),
         Variable("truncated", SCAN_DIMS, "b", None, "more peaks were found than the store holds"),
         Variable(
-            "shared_dilation_std",
+            "shared_dilation",
             SCAN_DIMS,
             "f",
             "1",
-            "standard deviation of a dilation that all positions of the pattern share beside peak_sigma",
+            "dilation that all positions of the pattern may share beside peak_sigma: one standard deviation, "
+            "negative where they are expected too far in",
         ),
     )
     | VIRTUAL
@@ -158,6 +159,14 @@ LATTICE = _table(
     Variable("n_indexed", SCAN_DIMS, "iu", "1", "number of peaks in the lattice fit"),
     Variable("score", SCAN_DIMS, "f", None, "gain in log-likelihood of the lattice over unrelated peaks"),
     Variable("lattice_id", SCAN_DIMS, "iu", None, "which of the lattices of the scan, from 1; 0 for none"),
+    Variable(
+        "shared_dilation",
+        SCAN_DIMS,
+        "f",
+        "1",
+        "dilation that all peaks of the pattern may share beside the covariance: one standard deviation, "
+        "negative where they are expected too far in",
+    ),
     Variable("F", (*SCAN_DIMS, "row", "column"), "f", "1", "real-space deformation gradient, axes (y, x)"),
 )
 

@@ -94,6 +94,12 @@ class Sources:
         found = {n: np.asarray(one[n].values, dtype=float)[good] for n in names}
         return {n: found.get(n, nothing) for n in schema.PEAK_VARIABLES}
 
+    def shared_dilation_at(self, y: int, x: int) -> float:
+        """One standard deviation of the dilation that the peaks of a position share; NaN if not known."""
+        lattice = self.tree["lattice"].dataset
+        name = "shared_dilation"
+        return float(lattice[name][y, x]) if name in lattice else np.nan
+
     def lattice_at(self, y: int, x: int) -> tuple[Array, Array, Array]:
         """Origin (2,), g (2, 2) and covariance (6, 6) at a position; NaN where there is no lattice."""
         lattice = self.tree["lattice"].dataset

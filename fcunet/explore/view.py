@@ -310,12 +310,22 @@ class Maps:
     def _of_lattice(self, view: View, g: Array, covariance: Array) -> tuple[dict, dict]:
         """Strain and its error bars of some lattices (n, 2, 2), against the reference of `view`."""
         from ..kernels.ellipse import Ellipse, undistort_lattice
-        from ..kernels.strain import deformation_gradient, rotate_frame, strain_from_F
+        from ..kernels.strain import (
+            deformation_gradient,
+            rotate_frame,
+            shared_dilation_left,
+            strain_from_F,
+            with_shared_dilation,
+        )
 
         attrs = self.strain(view).attrs
         ellipse = Ellipse(attrs.get("ellipse_ratio", 1.0), attrs.get("ellipse_angle_degree", 0.0))
         g_ref = np.array([attrs["g1_ref_px"], attrs["g2_ref_px"]], dtype=float)  # as measured
         g_ref, _ = undistort_lattice(g_ref, None, ellipse)
+        left = shared_dilation_left(
+            self.sources.shared_dilation_at(*view.position), attrs.get("shared_dilation_ref")
+        )
+        covariance = with_shared_dilation(covariance, g, left)
         g, undistorted = undistort_lattice(g, covariance, ellipse)
         covariance = covariance if undistorted is None else undistorted
         turn: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .peaks import Peaks, find_maxima
 from .precision import DiskModel, describe_disk, disk_light, measure_contrast, position_sigma
-from .shared_dilation import DILATION_SCALES, shared_dilation_std
+from .shared_dilation import DILATION_SCALES, shared_dilation
 from .spectra import from_columns, to_columns
 from .subpixel import TAPS, crops, interpolation_weights, oversample, parabola, upsample_crops
 
@@ -146,8 +146,8 @@ def find_disks(
     -------
     Peaks
         `intensity` is the height of the (smoothed) correlation; `sigma` is described in
-        :func:`~fcunet.kernels.precision.position_sigma`, `dilation_std` in
-        :func:`~fcunet.kernels.shared_dilation.shared_dilation_std`. `max_num_peaks` slots.
+        :func:`~fcunet.kernels.precision.position_sigma`, `dilation` in
+        :func:`~fcunet.kernels.shared_dilation.shared_dilation`. `max_num_peaks` slots.
 
     Raises
     ------
@@ -358,14 +358,14 @@ def _refine(found: _Found, n: int, plan: _Plan) -> Peaks:
     contrast = measure_contrast(found.light, plan.disk, transform=plan.transform)
     sigma = position_sigma(contrast, found.which, n, plan.disk, rounded=plan.subpixel == "pixel")
     y, x = found.y + dy, found.x + dx
-    dilation_std = shared_dilation_std(
+    dilation = shared_dilation(
         contrast, y, x, sigma, found.which, n, plan.disk, shape=plan.shape, scales=plan.dilation_scales
     )
     padded = intensity.new_full((4, n, plan.slots), torch.nan)
     padded[:, found.which, found.slot] = torch.stack([y, x, intensity, sigma])
     order = padded[2].nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices
     qy, qx, intensity, sigma = padded.gather(2, order.expand_as(padded))
-    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, dilation_std)
+    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, dilation)
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

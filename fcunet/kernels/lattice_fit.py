@@ -397,33 +397,6 @@ class _Block:
         return self.inverse * scale[:, None, None]
 
 
-def with_shared_dilation(covariance: ArrayLike, g: ArrayLike, std: ArrayLike) -> Array:
-    """Covariance of lattices whose peaks share a dilation that the fit cannot see.
-
-    A detector may misjudge the disks of one pattern alike, all outwards or all inwards. Such an error leaves
-    no residual and does not average out over the peaks.
-
-    Parameters
-    ----------
-    covariance : array_like, shape (..., 6, 6)
-        Of (origin_y, origin_x, g1_y, g1_x, g2_y, g2_x), px^2, from independent errors of the peaks.
-    g : array_like, shape (..., 2, 2)
-        Lattice vectors, rows g1, g2, px.
-    std : array_like, shape (...) or ()
-        Standard deviation of the shared dilation, a strain; NaN counts as 0.
-
-    Returns
-    -------
-    array, shape (..., 6, 6)
-        px^2. The origin, which such an error moves little, is as before.
-    """
-    vectors = np.asarray(g, dtype=np.float64).reshape(*np.shape(g)[:-2], 4)
-    out = np.array(covariance, dtype=np.float64)
-    variance = np.square(np.nan_to_num(np.asarray(std, dtype=np.float64)))[..., None, None]
-    out[..., 2:, 2:] += variance * vectors[..., :, None] * vectors[..., None, :]
-    return out
-
-
 def _distance_from(g, g_start):
     """Largest principal strain and rotation (rad) of lattices against `g_start`; inf if mirrored or NaN."""
     with np.errstate(invalid="ignore", divide="ignore"):

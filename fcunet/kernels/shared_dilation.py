@@ -24,7 +24,7 @@ _MOST_NOISE = 0.25  # variance of a tilt that cannot exceed 1
 _MIN_SIGMA = 1e-3  # px, as in the lattice fit
 
 
-def shared_dilation_std(
+def shared_dilation(
     contrast: Contrast,
     y: Tensor,
     x: Tensor,
@@ -36,7 +36,7 @@ def shared_dilation_std(
     shape: tuple[int, int],
     scales: tuple[float, float] = DILATION_SCALES["none"],
 ) -> Tensor:
-    """Standard deviation of a dilation that all positions of a pattern share beside `sigma`.
+    """A dilation that all positions of a pattern may share beside `sigma`: one standard deviation, signed.
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ def shared_dilation_std(
     Returns
     -------
     Tensor, shape (n,), float32
-        A strain; 0 where the disks are even as far as counting tells, and where there are none.
+        Of positions, as a strain; 0 where the disks are even as far as counting tells, and where there are
+        none. Negative where the disks are brighter inside, so that their positions are read too far in.
 
     Notes
     -----
@@ -73,7 +74,8 @@ def shared_dilation_std(
     with q_j from the weighted mean of the positions. Counting noise in the tilts gives d the variance v =
     sum((w_j P_j)^2 q_j^2 noise_j) / sum(w_j q_j^2)^2. On crystals of other prototypes d agrees with the true
     error in sign and, roughly, in size, but not well enough to correct it: contrast at the rim need not
-    continue that inside. So it states an error, with the variance ::
+    continue that inside. So it states an error, with the sign of d, which tells two patterns that err alike
+    from two that do not, and with the variance ::
 
         a^2 max(d^2 - 3 v, 0) + b^2 (sum(w_j |P_j| |q_j|) / sum(w_j q_j^2))^2 T / (T + 0.3)
 
@@ -113,4 +115,5 @@ def shared_dilation_std(
     squared = (sums[5] / trusted - _DOUBT * sums[6].sqrt() / trusted).clamp(min=0)
     textured = (squared / (squared + _HALF)).sqrt()
     predicted = predicted2.clamp(min=0).sqrt()
-    return torch.hypot(scales[0] * predicted, scales[1] * textured * sums[3] / moment)
+    size = torch.hypot(scales[0] * predicted, scales[1] * textured * sums[3] / moment)
+    return torch.where(sums[1] < 0, -size, size)

@@ -240,6 +240,60 @@ def strain_std(
     return {name: values.reshape(lead) for name, values in out.items()}
 
 
+def with_shared_dilation(covariance: ArrayLike, g: ArrayLike, std: ArrayLike) -> Array:
+    """Covariance of lattices whose peaks share a dilation that the fit cannot see.
+
+    A detector may misjudge the disks of one pattern alike, all outwards or all inwards. Such an error leaves
+    no residual and does not average out over the peaks.
+
+    Parameters
+    ----------
+    covariance : array_like, shape (..., 6, 6)
+        Of (origin_y, origin_x, g1_y, g1_x, g2_y, g2_x), px^2, from independent errors of the peaks.
+    g : array_like, shape (..., 2, 2)
+        Lattice vectors, rows g1, g2, px.
+    std : array_like, shape (...) or ()
+        Standard deviation of the shared dilation, a strain; NaN counts as 0.
+
+    Returns
+    -------
+    array, shape (..., 6, 6)
+        px^2. The origin, which such an error moves little, is as before.
+    """
+    vectors = np.asarray(g, dtype=np.float64).reshape(*np.shape(g)[:-2], 4)
+    out = np.array(covariance, dtype=np.float64)
+    variance = np.square(np.nan_to_num(np.asarray(std, dtype=np.float64)))[..., None, None]
+    out[..., 2:, 2:] += variance * vectors[..., :, None] * vectors[..., None, :]
+    return out
+
+
+def shared_dilation_left(shared: ArrayLike, reference: float | None) -> Array:
+    """What a shared dilation leaves of itself in the difference of two lattices.
+
+    Parameters
+    ----------
+    shared : array_like
+        Dilation that the peaks of a pattern may share: one standard deviation, with the sign of the error
+        where that is known. NaN counts as 0.
+    reference : float, optional
+        The same of the reference, a pattern of the same crystal. None: the reference is exact.
+
+    Returns
+    -------
+    array, shape of `shared`
+        Standard deviation of the difference.
+
+    Notes
+    -----
+    Patterns of one crystal err alike, and how much is told by their s and r: ``|s - r|`` is left. Against
+    neighbours, up to 4 mrad and a tenth of the thickness apart, such bars hold as many of the true
+    differences as they should or more, because part of the independent errors cancels as well
+    (``benchmarks/results/neighbours.md``). Where the composition changes they are too small.
+    """
+    own = np.nan_to_num(np.asarray(shared, dtype=np.float64))
+    return np.abs(own if reference is None else own - reference)
+
+
 def principal_strains(e_xx: ArrayLike, e_yy: ArrayLike, e_xy: ArrayLike) -> dict[str, Array]:
     """Principal strains, their direction, dilation and largest shear.
 

@@ -97,7 +97,7 @@ def select_peaks(
     sigma: Tensor,
     found: Tensor,
     truncated: Tensor,
-    dilation_std: Tensor,
+    dilation: Tensor,
     *,
     frame: tuple[int, int],
     slots: int,
@@ -137,5 +137,5 @@ def select_peaks(
         sigma=order(sigma),
         n_peaks=kept.sum(1),
         truncated=truncated,
-        dilation_std=dilation_std,
+        dilation=dilation,
     )

@@ -199,6 +199,10 @@ class PatternSource:
         self._pools, self._tensors = [], {}
         self.extend(kept)
 
+    def reseed_noise(self, seed: int) -> None:
+        """Other electrons and faults in the patterns to come; crystals and detector stay those of `seed`."""
+        self._noise.manual_seed(seed)
+
     def __iter__(self) -> Iterator[TrainingBatch]:
         while True:
             yield self.batch(32)

@@ -103,12 +103,15 @@ def training_crystals(split: str) -> list[Crystal]:
 
 
 @dataclass
-class _Orientation:
+class Orientation:
+    """A crystal as the beam meets it."""
+
     crystal: str
     beams: Beams
+    rotation: np.ndarray  # (3, 3) from the axes of the crystal to those of the lab
     semiangle_mrad: float
-    spacing: float
-    mistilt: float
+    spacing: float  # shortest distance of two spots, 1/angstrom
+    mistilt: float  # mrad; NaN for a general orientation
 
 
 def _random_rotation(rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +150,7 @@ def draw_orientation(
     rng: np.random.Generator,
     *,
     n_beams: int = 128,
-) -> _Orientation | None:
+) -> Orientation | None:
     """One random orientation, voltage and aperture; None where disks would overlap or spots be too few.
 
     Four in five orientations are zone axes [uvw], |u|, |v|, |w| <= 3 with a mistilt of 0 to 10 mrad, nearly
@@ -180,7 +183,7 @@ def draw_orientation(
     semiangle = min(cap * rng.uniform(0.4, 1.0), 3.5)
     if semiangle < 0.5:
         return None
-    return _Orientation(factors.crystal.name, beams, semiangle, spacing, float(tilt))
+    return Orientation(factors.crystal.name, beams, rotation, semiangle, spacing, float(tilt))
 
 
 def count_forbidden(beams: Beams, *, n_strong: int = 50) -> int:
@@ -200,7 +203,10 @@ def draw_thicknesses(rng: np.random.Generator, n: int, series: int) -> np.ndarra
     return np.exp(rng.uniform(np.log(20), np.log(1500), (n, series)))
 
 
-def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness: np.ndarray) -> Pool:
+def pack_orientations(
+    orientations: Sequence[Orientation], coefficients: Tensor, thickness: np.ndarray
+) -> Pool:
+    """A pool of p orientations from their disks (p, z, beams, 45), as from :func:`scatter`, and z thicknesses."""
     p, z = thickness.shape
     out = Pool(
         position=np.full((p, N_SPOTS, 2), np.nan, np.float32),
@@ -241,7 +247,7 @@ def _pack(orientations: Sequence[_Orientation], coefficients: Tensor, thickness:
 
 def empty_pool(n_thicknesses: int) -> Pool:
     """A pool without orientations, for its shapes and dtypes."""
-    return _pack([], torch.zeros(0, n_thicknesses, 1, N_COEFFICIENTS), np.zeros((0, n_thicknesses)))
+    return pack_orientations([], torch.zeros(0, n_thicknesses, 1, N_COEFFICIENTS), np.zeros((0, n_thicknesses)))
 
 
 def make_orientations(
@@ -260,7 +266,7 @@ def make_orientations(
     Half of the orientations are wanted rich in forbidden reflections that double diffraction can light up (at
     least 4 among the 50 most important beams): others are dropped at random until that share is met.
     """
-    waiting: list[_Orientation] = []
+    waiting: list[Orientation] = []
     done: list[Pool] = []
     accepted = rich = 0
     prototypes = sorted({c.prototype for c in crystals})
@@ -290,5 +296,5 @@ def make_orientations(
             part, waiting = waiting[:batch], waiting[batch:]
             thickness = draw_thicknesses(rng, len(part), n_thicknesses)
             coefficients = scatter([o.beams for o in part], [o.semiangle_mrad for o in part], thickness)
-            done.append(_pack(part, coefficients, thickness))
+            done.append(pack_orientations(part, coefficients, thickness))
     return Pool.concatenate(done)

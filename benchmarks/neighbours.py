@@ -1,0 +1,177 @@
+"""What is left of the error bars, and of the errors, between two patterns of one crystal.
+
+    python -m benchmarks.neighbours  # some ten minutes on one core
+
+A scan is bent by some mrad and wedged by some percent: its reference is a neighbour, not the truth.
+Crystals of the validation prototypes are scattered at a place and a few mrad or percent of the thickness away
+from it, and drawn on the same detector; the strain that each pattern shows is compared with the median of the
+near ones. Most of the dilation that the disks of a pattern share is the same in both
+(`fcunet.kernels.strain.shared_dilation_left`). Writes ``benchmarks/results/neighbours.md``.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcunet.kernels.peaks import Peaks
+from fcunet.kernels.strain import shared_dilation_left
+from fcunet.nn.weights import load_model, resolve_weights
+from fcunet.simulation.crystals import Crystal
+from fcunet.simulation.scattering import StructureFactors, couple_beams, scatter, tilt_rotation
+from fcunet.training.dataset import PatternSource, Pool, TrainingBatch, training_crystals
+from fcunet.training.evaluate import Detector, affine_error, match_peaks, network_detector
+from fcunet.training.orientations import draw_orientation, pack_orientations
+
+from .shared_dilation import THICKNESSES, finder_of, join
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DOSES = (1e4, 1e5, 1e7)
+TILTS = (0.0, 1.0, 2.0, 4.0)  # mrad
+FACTORS = (1.0, 0.97, 1.03, 1.1)  # of the thickness
+NEAR = np.array([tilt <= 2 and factor < 1.1 for tilt in TILTS for factor in FACTORS])
+_SIZE, _WRONG = 256, 0.03  # a strain off by more is that of another lattice
+
+
+class Reading(NamedTuple):
+    """What a detector makes of `n` patterns."""
+
+    error: np.ndarray  # (n, 2) of e_yy and e_xx
+    std: np.ndarray  # (n, 2) without a shared part
+    shared: np.ndarray  # (n,)
+
+
+def neighbourhoods(n: int, low_nm: float, high_nm: float, seed: int) -> Pool:
+    """Crystals and their neighbours, (tilt, factor) along the axis of the thicknesses."""
+    rng, crystals, pools = np.random.default_rng(seed), training_crystals("validation"), []
+    while len(pools) < n:
+        crystal: Crystal = crystals[rng.integers(len(crystals))]
+        factors = StructureFactors(crystal, g_max=4.8, absorption=rng.uniform(0.0, 0.12))
+        place = draw_orientation(factors, rng)
+        if place is None:
+            continue
+        angle, beams = rng.uniform(0, 2 * np.pi), place.beams
+        bends = [tilt_rotation([t * np.sin(angle), t * np.cos(angle)]) @ place.rotation for t in TILTS]
+        bent = [couple_beams(factors, r, beams.energy_keV, beams.hkl, beams.weak) for r in bends]
+        thickness = np.tile(10 * rng.uniform(low_nm, high_nm) * np.array(FACTORS), (len(TILTS), 1))
+        disks = scatter(bent, [place.semiangle_mrad] * len(bent), thickness)
+        pools.append(pack_orientations([place], disks.flatten(0, 1)[None], thickness.reshape(1, -1)))
+    return Pool.concatenate(pools)
+
+
+class _InOrder(PatternSource):
+    """Every orientation once, in order, whatever the pool."""
+
+    def _choose_orientations(self, n: int) -> Tensor:
+        return torch.arange(n)
+
+
+def draw(pool: Pool, state: int, electrons: float) -> TrainingBatch:
+    """A pattern of each crystal in one of its states: same detector, other electrons."""
+    own = {name: getattr(pool, name)[:, state : state + 1] for name in ("coefficients", "scale", "thickness")}
+    rest = {f.name: getattr(pool, f.name) for f in fields(Pool) if f.name not in own}
+    source = _InOrder(
+        "validation", _SIZE, pool=Pool(**own, **rest), dose=(electrons, electrons), flat=0.0, seed=1
+    )
+    source.reseed_noise(state)
+    return source.batch(len(pool))
+
+
+def read(peaks: Peaks, batch: TrainingBatch) -> Reading:
+    """Errors of the strain and what is said of them."""
+    matches = match_peaks(peaks, batch)
+    fit = affine_error(matches, batch.spot_position)
+    error = fit.strain.diagonal(dim1=1, dim2=2)
+    return Reading(error.numpy(), fit.std.numpy(), matches.dilation.numpy())
+
+
+def correlate(batch: TrainingBatch) -> Peaks:
+    """Correlation, each pattern by its own probe."""
+    pairs = zip(batch.pattern, batch.probe, strict=True)
+    return join([finder_of(probe)(pattern[None]) for pattern, probe in pairs])
+
+
+def in_parts(find: Detector) -> Detector:
+    """The same, 16 patterns at a time."""
+
+    def call(batch: Any) -> Peaks:
+        rows = [slice(i, i + 16) for i in range(0, len(batch), 16)]
+        parts = [TrainingBatch(**{f.name: getattr(batch, f.name)[r] for f in fields(batch)}) for r in rows]
+        return join([find(part) for part in parts])
+
+    return call
+
+
+def shares(readings: list[Reading]) -> dict[str, Any]:
+    """How many differences from the near neighbours one and two error bars hold, and sizes in 1e-3."""
+    error, std, shared = (np.stack(column) for column in zip(*readings, strict=True))  # (states, n, ..)
+    known = (np.abs(error) < _WRONG).all(-1) & np.isfinite(std).all(-1)
+    enough = known[NEAR].sum(0) >= 6
+    error, std = (np.where(known[..., None], v, np.nan)[:, enough] for v in (error, std))
+    near = NEAR.sum()
+    reference = np.nanmedian(error[NEAR], axis=0)
+    of_reference = np.nanmean(std[NEAR] ** 2, axis=0) * np.pi / 2 / near
+    middle = np.median(shared[NEAR], axis=0)
+    left = shared_dilation_left(shared - middle, 0.0)[:, enough]
+    out: dict[str, Any] = {"n": int(enough.sum())}
+    for name, states in (("near", NEAR), ("far", ~NEAR)):
+        difference = np.abs(error - reference)[states]
+        own = np.sqrt(std**2 + of_reference)[states]
+        whole = np.hypot(own, left[states][..., None])
+        out[name] = [1e3 * float(np.nanmedian(v)) for v in (difference, own, left[states])]
+        for bar in (own, whole):
+            ratio = (difference / bar)[np.isfinite(difference)]
+            out[name] += [float((ratio < k).mean()) for k in (1, 2)]
+    absolute = (np.abs(error) / np.hypot(std, shared[:, enough][..., None]))[np.isfinite(error)]
+    out["absolute"] = [float((absolute < k).mean()) for k in (1, 2)]
+    out["size"] = 1e3 * float(np.nanmedian(np.abs(error)))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--crystals", type=int, default=48, help="of each thickness")
+    parser.add_argument("--out", type=Path, default=RESULTS / "neighbours.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model("default", device="cpu", precision="fp32")
+    detectors = {"correlation": correlate, "FCU-Net": in_parts(network_detector(model))}
+    weights = resolve_weights("default")[1][:12]
+    text = [
+        "# Strain against a neighbour in the same crystal, and its error bar",
+        "",
+        f"`python -m benchmarks.neighbours`, weights {weights}, {options.crystals} crystals of validation",
+        "prototypes per thickness. Near: at most 2 mrad and 3 % of the thickness from a place; far: 4 mrad,",
+        "or 10 %. Differences of e_xx and e_yy from the median of the near ones: size, error bar without a",
+        "shared dilation, what is left of that (medians, 1e-3); shares within one and two error bars without",
+        "it and with it (68.3 and 95.4 % are wanted). Absolute: size of the error, and shares with the whole",
+        "dilation.",
+        "",
+        "| method | disks | electrons | crystals | absolute | within | "
+        "from | difference | bar | left | without | with |",
+        "|---" * 12 + "|",
+    ]
+    for kind, (low, high) in THICKNESSES.items():
+        pool = neighbourhoods(options.crystals, max(low, 3.0), min(high, 120.0), seed=len(kind))
+        for electrons in DOSES:
+            batches = [draw(pool, state, electrons) for state in range(len(NEAR))]
+            for method, find in detectors.items():
+                found = shares([read(find(batch), batch) for batch in batches])
+                dose = f"{electrons:.0e}".replace("e+0", "e")
+                for name in ("near", "far"):
+                    sizes, held = found[name][:3], found[name][3:]
+                    cells = [method, kind, dose, str(found["n"]), f"{found['size']:.2f}"]
+                    cells += [", ".join(f"{v:.2f}" for v in found["absolute"]), name]
+                    cells += [*(f"{v:.2f}" for v in sizes)]
+                    cells += [", ".join(f"{v:.2f}" for v in held[i : i + 2]) for i in (0, 2)]
+                    text.append(f"| {' | '.join(cells)} |")
+                    print(text[-1], flush=True)
+    options.out.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
