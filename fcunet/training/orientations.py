@@ -206,7 +206,7 @@ def draw_thicknesses(rng: np.random.Generator, n: int, series: int) -> np.ndarra
 def pack_orientations(
     orientations: Sequence[Orientation], coefficients: Tensor, thickness: np.ndarray
 ) -> Pool:
-    """A pool of p orientations from their disks (p, z, beams, 45), as from :func:`scatter`, and z thicknesses."""
+    """A pool of p orientations from their disks (p, z, beams, 45), as `scatter` makes them, in z thicknesses."""
     p, z = thickness.shape
     out = Pool(
         position=np.full((p, N_SPOTS, 2), np.nan, np.float32),
@@ -247,7 +247,9 @@ def pack_orientations(
 
 def empty_pool(n_thicknesses: int) -> Pool:
     """A pool without orientations, for its shapes and dtypes."""
-    return pack_orientations([], torch.zeros(0, n_thicknesses, 1, N_COEFFICIENTS), np.zeros((0, n_thicknesses)))
+    return pack_orientations(
+        [], torch.zeros(0, n_thicknesses, 1, N_COEFFICIENTS), np.zeros((0, n_thicknesses))
+    )
 
 
 def make_orientations(
