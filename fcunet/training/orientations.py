@@ -206,7 +206,7 @@ def draw_thicknesses(rng: np.random.Generator, n: int, series: int) -> np.ndarra
 def pack_orientations(
     orientations: Sequence[Orientation], coefficients: Tensor, thickness: np.ndarray
 ) -> Pool:
-    """A pool of p orientations from their disks (p, z, beams, 45), as `scatter` makes them, in z thicknesses."""
+    """A pool of p orientations from disks (p, z, beams, 45), as `scatter` makes them, of z thicknesses."""
     p, z = thickness.shape
     out = Pool(
         position=np.full((p, N_SPOTS, 2), np.nan, np.float32),
