@@ -53,8 +53,9 @@ def detect(
     with_reader = isinstance(model, FCUNet) and model.reader is not None
     if isinstance(model, FCUNet):
         probes = model.prepare(patterns, probes, binning=binning)
+    maps = model(patterns, probes, binning=binning)
     found = decode(
-        model(patterns, probes, binning=binning),
+        maps,
         threshold=threshold,
         min_peak_spacing=min_peak_spacing,
         edge_boundary=edge_boundary,
@@ -67,7 +68,7 @@ def detect(
         return found._replace(dilation=found.dilation + model.config.dilation_floor)
     assert isinstance(model, FCUNet)
     y, x = found.qy, found.qx
-    reading = model.read_disks(patterns, probes, y, x, optics=optics, binning=binning)
+    reading = model.read_disks(patterns, probes, y, x, optics=optics, binning=binning, level=maps.level)
     return select_peaks(
         y + reading.offset[..., 0],
         x + reading.offset[..., 1],

@@ -128,6 +128,8 @@ class NetworkOutput(NamedTuple):
         Detector pixels per map pixel.
     frame : tuple of int
         (H, W) of the detector; the maps may reach past it.
+    level : Tensor, shape (n,), optional
+        :func:`brightness` of the patterns, for a second stage.
     """
 
     bragg_map: Tensor
@@ -136,6 +138,7 @@ class NetworkOutput(NamedTuple):
     log_sigma: Tensor
     stride: int
     frame: tuple[int, int]
+    level: Tensor | None = None
 
     @property
     def amplitude(self) -> Tensor:
@@ -353,7 +356,7 @@ class FCUNet(Network):
         x = torch.cat((F.pixel_unshuffle(x, 2), filtered, size), dim=1)  # (n, 17, h/2, w/2)
         kind = torch.bfloat16 if self.precision == "bf16" else x.dtype
         # both at once take twice as long on a CPU
-        x = self.input_norm(x).contiguous(memory_format=torch.channels_last).to(kind)
+        x = self.input_norm(x).to(kind).contiguous(memory_format=torch.channels_last)
 
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             x0 = self.enc0(x)  # (n, 24, h/2, w/2)
@@ -382,6 +385,7 @@ class FCUNet(Network):
         *,
         optics: Tensor | None = None,
         binning: int | None = None,
+        level: Tensor | None = None,
     ) -> DiskReading:
         """The second stage at given positions; offset and sigma in detector px, error bars calibrated.
 
@@ -394,11 +398,14 @@ class FCUNet(Network):
         optics : Tensor, shape (n or 1, 2), optional
             Beam energy in keV and radius of the aperture in 1/angstrom, NaN where unknown. Without them the
             scale of |V_g| is a guess; positions do not depend on it.
+        level : Tensor, shape (n,), optional
+            That of :class:`NetworkOutput`, where the maps have measured it.
         """
         assert self.reader is not None
         _, radius, b, _, probe = self.prepare(patterns, probes, binning=binning)
         image = bin_frame(patterns.float().clamp_min(0), b)
-        image = image / brightness(image)[:, None, None].clamp_min(1e-30)
+        level = brightness(image) if level is None else level
+        image = image / level[:, None, None].clamp_min(1e-30)
         inner = (b - 1) / 2  # detector px of the centre of a binned pixel
         found = self.reader(
             image,
@@ -429,6 +436,7 @@ class FCUNet(Network):
             log_sigma=self.calibrated_log_sigma(sigma, binning),
             stride=2 * binning,
             frame=frame,
+            level=level,
         )
 
 
