@@ -110,11 +110,15 @@ class Scan:
         """Patterns that the bars on strain are about: 10 to 40 nm, mistilt to 6 mrad."""
         return (self.thickness_nm > 9) & (self.thickness_nm < 41) & (self.mistilt_mrad < 6.1)
 
-    def counts(self, dose: float) -> np.ndarray:
-        """Poisson counts at `dose` electrons per pattern, the same on every call; expectation if infinite."""
+    def counts(self, dose: float, draw: int = 0) -> np.ndarray:
+        """Poisson counts at `dose` electrons per pattern, the same on every call; expectation if infinite.
+
+        Other draws of the electrons have other numbers.
+        """
         if np.isinf(dose):
             return self.patterns * np.float32(NOISE_FREE)
-        return np.random.default_rng([SEED, int(dose)]).poisson(self.patterns * dose).astype(np.float32)
+        rng = np.random.default_rng([SEED, int(dose), *([draw] if draw else [])])
+        return rng.poisson(self.patterns * dose).astype(np.float32)
 
     def batch(self, dose: float, counts: np.ndarray) -> TrainingBatch:
         """As the evaluation of training takes it."""
