@@ -256,6 +256,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     margin_px: float | None = None,
+    match_px: float = MATCH_PX,
 ) -> dict[str, float]:
     """Figures of merit of `detector` on `batches`.
 
@@ -266,13 +267,14 @@ def evaluate(
     batches : iterable of Batch
         Patterns and truth of one dose, say.
     margin_px : float, optional
-        Disks nearer to the border are not asked for. Default: half the disk radius of each batch's first
-        probe.
+        Disks nearer to the border are not asked for. Default: the largest disk radius of each batch.
+    match_px : float
+        As for :func:`match_peaks`.
     """
     totals = Totals()
     for batch in batches:
         margin = float(disk_radius(batch.probe).max()) if margin_px is None else margin_px
-        totals.add(match_peaks(detector(batch), batch, margin_px=margin), batch)
+        totals.add(match_peaks(detector(batch), batch, margin_px=margin, match_px=match_px), batch)
     if not totals.rows:
         raise ValueError("no batches to evaluate on; give at least one")
     return totals.figures()
