@@ -164,6 +164,20 @@ def test_explorer__error_bars_of_the_runs_own_reference_are_those_stored(sources
         assert again[name][1] == pytest.approx(std, rel=0.1)
 
 
+@pytest.mark.parametrize("changes", [{"rotation_degree": 0.0}, {"reference": (0, 4, 0, 4)}])
+def test_explorer__a_dilation_shared_with_the_reference_cancels(small_run, changes):
+    bars = []
+    for size in (0.0, 5e-3):
+        sources = find_sources(small_run[1])
+        lattice = sources.tree["lattice"].dataset
+        sources.tree["lattice"] = xr.DataTree(
+            lattice.assign(shared_dilation=xr.full_like(lattice["shared_dilation"], size))
+        )
+        sources.tree["strain"].attrs["shared_dilation_ref"] = size
+        bars.append(Maps(sources).strain_at(View(position=(3, 7), **changes))["e_xx"][1])
+    assert bars[1] == pytest.approx(bars[0], rel=1e-3)
+
+
 def test_explorer__takes_an_elliptical_distortion_out_of_the_position_shown(sources, small_run):
     distorted = find_sources(small_run[1])
     for group in ("lattice", "strain"):

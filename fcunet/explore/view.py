@@ -173,17 +173,21 @@ class Maps:
     def lattice(self) -> xr.Dataset:
         """The lattice vectors of every position, in memory, without their covariance."""
         lattice = self.sources.tree["lattice"].dataset
-        return lattice[[*_VECTORS]].load()
+        return lattice[[n for n in (*_VECTORS, "shared_dilation") if n in lattice]].load()
 
     def strain(self, view: View) -> xr.Dataset:
         """`e_xx, e_yy, e_xy, theta` under the reference and the frame of `view`."""
+        run = self.sources.tree["strain"].dataset.attrs
         if view.as_in_run:
             names = [n for n in STRAIN_COMPONENTS if n in self.sources.tree["strain"].dataset]
-            return xr.Dataset({n: self.stored(n) for n in names}, attrs=self.sources.tree["strain"].attrs)
+            return xr.Dataset({n: self.stored(n) for n in names}, attrs=run)
         key = (view.reference, view.rotation_degree)
         if key not in self._strain:
             self._strain.clear()
-            self._strain[key] = compute_strain(self.lattice, **self.strain_options(view))
+            strain = compute_strain(self.lattice, **self.strain_options(view))
+            if view.reference is None:  # its vectors are given, but were measured
+                strain.attrs |= {k: v for k, v in run.items() if k == "shared_dilation_ref"}
+            self._strain[key] = strain
         return self._strain[key]
 
     def strain_options(self, view: View) -> dict[str, Any]:
