@@ -131,10 +131,8 @@ def cached(
         if float(stored["fingerprint"]) != _fingerprint(counts):
             return None
         fields = {k: torch.as_tensor(stored[k]) for k in Peaks._fields if k in stored}
-        if "dilation" not in fields:  # kept before the field had this name, or by a method without one
-            fields["dilation"] = torch.as_tensor(
-                stored["dilation_std"] if "dilation_std" in stored else np.zeros(len(fields["qy"]))
-            )
+        for name in ("dilation_std", "dilation"):
+            fields.setdefault(name, torch.zeros(len(fields["qy"])))
         return Peaks(**fields), float(stored["seconds"])
 
 

@@ -190,6 +190,7 @@ def _peer(options: dict, counts: Tensor, probes: Tensor, optics: Tensor) -> tupl
             present.sum(1),
             torch.zeros(len(qy), dtype=bool),
             torch.zeros(len(qy)),
+            torch.zeros(len(qy)),
         ),
         seconds,
     )
@@ -218,7 +219,7 @@ def fit_weights(method: Method, peaks: Peaks, counts: Tensor, radius: float, edg
     with the electrons found there, and T px for its texture, added in quadrature.
     """
     if method.kind == "network" and method.weighting == "sigma":
-        shared = peaks.dilation.numpy()
+        shared = peaks.dilation_std.numpy()
         return {"sigma": peaks.sigma.numpy(), "weighting": "sigma", "dilation": shared}
     if not method.weighting.startswith("noise"):
         return {"sigma": peaks.sigma.numpy(), "weighting": method.weighting}

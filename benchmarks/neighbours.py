@@ -43,6 +43,7 @@ class Reading(NamedTuple):
     error: np.ndarray  # (n, 2) of e_yy and e_xx
     std: np.ndarray  # (n, 2) without a shared part
     shared: np.ndarray  # (n,)
+    signed: np.ndarray  # (n,) the part of it with a known sign
 
 
 def neighbourhoods(n: int, low_nm: float, high_nm: float, seed: int) -> Pool:
@@ -86,7 +87,7 @@ def read(peaks: Peaks, batch: TrainingBatch) -> Reading:
     matches = match_peaks(peaks, batch)
     fit = affine_error(matches, batch.spot_position)
     error = fit.strain.diagonal(dim1=1, dim2=2)
-    return Reading(error.numpy(), fit.std.numpy(), matches.dilation.numpy())
+    return Reading(error.numpy(), fit.std.numpy(), peaks.dilation_std.numpy(), peaks.dilation.numpy())
 
 
 def correlate(batch: TrainingBatch) -> Peaks:
@@ -108,15 +109,17 @@ def in_parts(find: Detector) -> Detector:
 
 def shares(readings: list[Reading]) -> dict[str, Any]:
     """How many differences from the near neighbours one and two error bars hold, and sizes in 1e-3."""
-    error, std, shared = (np.stack(column) for column in zip(*readings, strict=True))  # (states, n, ..)
+    error, std, shared, signed = (
+        np.stack(column) for column in zip(*readings, strict=True)
+    )  # (states, n, ..)
     known = (np.abs(error) < _WRONG).all(-1) & np.isfinite(std).all(-1)
     enough = known[NEAR].sum(0) >= 6
     error, std = (np.where(known[..., None], v, np.nan)[:, enough] for v in (error, std))
     near = NEAR.sum()
     reference = np.nanmedian(error[NEAR], axis=0)
     of_reference = np.nanmean(std[NEAR] ** 2, axis=0) * np.pi / 2 / near
-    middle = np.median(shared[NEAR], axis=0)
-    left = shared_dilation_left(shared - middle, 0.0)[:, enough]
+    middle, middle_signed = (np.median(v[NEAR], axis=0) for v in (shared, signed))
+    left = shared_dilation_left(shared, signed, (middle, middle_signed))[:, enough]
     out: dict[str, Any] = {"n": int(enough.sum())}
     for name, states in (("near", NEAR), ("far", ~NEAR)):
         difference = np.abs(error - reference)[states]

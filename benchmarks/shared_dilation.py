@@ -103,7 +103,7 @@ def search(batch: TrainingBatch, transform: str) -> tuple[Peaks, Tensor]:
             finder.plan = finder.plan._replace(dilation_scales=scales)
             each.append(finder(pattern[None]))
         found.append(each[0])
-        parts.append(torch.cat([peaks.dilation.abs() for peaks in each]))
+        parts.append(torch.cat([peaks.dilation_std for peaks in each]))
     return join(found), torch.stack(parts)
 
 

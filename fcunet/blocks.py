@@ -239,7 +239,8 @@ def process_block(
     -------
     dict of ndarray
         ``peak_qy, peak_qx, peak_intensity, peak_sigma`` float32 (by, bx, peak), NaN-padded, brightest first;
-        ``n_peaks`` int16, ``truncated`` bool; ``shared_dilation, bf, adf, total, com_qy, com_qx`` float32
+        ``n_peaks`` int16, ``truncated`` bool; ``shared_dilation_std, shared_dilation, bf, adf, total,
+        com_qy, com_qx`` float32
         (by, bx); ``sum`` float64 and ``maximum`` float32 (qy, qx) over the block. A pattern without counts
         has no peaks and NaN as centre of mass; a pattern of NaN is NaN throughout and not part of `sum` and
         `maximum`.
@@ -400,8 +401,9 @@ def _one_batch(
         part[name] = array
     part["n_peaks"] = np.where(empty, 0, peaks.n_peaks[:m].cpu().numpy()).astype(np.int16)
     part["truncated"] = peaks.truncated[:m].cpu().numpy() & ~empty
-    shared = peaks.dilation[:m].float().cpu().numpy()
-    part["shared_dilation"] = np.where(empty, np.float32(np.nan), shared)
+    for name in ("dilation_std", "dilation"):
+        shared = getattr(peaks, name)[:m].float().cpu().numpy()
+        part[f"shared_{name}"] = np.where(empty, np.float32(np.nan), shared)
     return part, batch[:m], lit
 
 

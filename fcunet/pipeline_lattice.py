@@ -44,8 +44,9 @@ def fit_lattice(
     peaks : Dataset
         `peak_qy`, `peak_qx` (scan_y, scan_x, peak), and if there `peak_intensity`, `peak_sigma`, and
         `origin_qy`, `origin_qx` (scan_y, scan_x), the measured beam centre. In memory or lazy.
-        `shared_dilation` (scan_y, scan_x), a strain, is what `peak_sigma` leaves out: an error that all
-        peaks of a pattern share; it is handed on where `weighting` is "sigma".
+        `shared_dilation_std` (scan_y, scan_x), a strain, is what `peak_sigma` leaves out: an error that all
+        peaks of a pattern share, and `shared_dilation` the part of it with a known sign; handed on where
+        `weighting` is "sigma".
     basis : array_like, shape (2, 2) or (n, 2, 2), optional
         Approximate g1, g2 as (y, x) in px, of one lattice or of each that may occur. None: found from a
         sample of the peaks.
@@ -63,8 +64,8 @@ def fit_lattice(
     Dataset
         `origin_qy, origin_qx, g1_qy, g1_qx, g2_qy, g2_qx` (scan_y, scan_x) float64 px, their `covariance`
         (.., parameter, parameter2) px^2, `fit_error` px, `n_indexed`, `score` and `lattice_id`;
-        `shared_dilation` of the peaks, which is not part of `covariance`: most of it cancels against a
-        reference in the same crystal, as :func:`compute_strain` does.
+        `shared_dilation_std` and `shared_dilation` of the peaks, which are not part of `covariance`: most of
+        them cancels against a reference in the same crystal, see :func:`compute_strain`.
         NaN, and 0, where there is no lattice. What was chosen or found is in the attributes.
 
     Raises
@@ -133,7 +134,7 @@ def fit_lattices(
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
     arrays += [peaks[name] for name in optional]
     core = [["peak"]] * len(arrays)
-    shared = ["shared_dilation"] if weighting == "sigma" and "shared_dilation" in peaks else []
+    shared = [name for name in schema.SHARED_DILATION if weighting == "sigma" and name in peaks]
     for name in shared:
         arrays.append(peaks[name])
         core, optional = [*core, []], [*optional, name]
@@ -255,9 +256,10 @@ def _fit_block(
             fit.score.astype(np.float32),
             number.astype(np.uint8),
         ]
-        if "shared_dilation" in given:
-            known = np.isfinite(fit.g).all((-1, -2))
-            out.append(np.where(known, given["shared_dilation"], np.nan).astype(np.float32))
+        known = np.isfinite(fit.g).all((-1, -2))
+        for name in schema.SHARED_DILATION:
+            if name in given:
+                out.append(np.where(known, given[name], np.nan).astype(np.float32))
     return tuple(out)
 
 

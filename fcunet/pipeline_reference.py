@@ -25,7 +25,7 @@ class Reference(NamedTuple):
 
     g: Array  # (2, 2) px, rows g1, g2
     covariance: Array | None  # (6, 6) px^2; None: exact
-    dilation: float | None  # that its patterns share, a strain; None: it was not measured
+    dilation: tuple[float, float] | None  # medians of the shared one and its signed part; None: not measured
     origin: str  # in words
 
 
@@ -71,7 +71,7 @@ def find_references(
             f"reference is {reference!r}; use 'median', a region (y0, y1, x0, x1), "
             "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px; the words are " + ", ".join(WORDS)
         )
-    names = [n for n in (*VECTORS, "covariance", "shared_dilation") if n in lattice]
+    names = [n for n in (*VECTORS, "covariance", *schema.SHARED_DILATION) if n in lattice]
     whole = lattice[names].compute()
     numbers = [int(n) for n in np.unique(member.values) if n > 0]
     found: dict[int, Reference] = {}
@@ -204,9 +204,9 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> Reference:
         covariance = part["covariance"].values.reshape(-1, 6, 6)
     middle, of_middle, used = _middle(g, covariance, reference if isinstance(reference, str) else "median")
     shared = None
-    if "shared_dilation" in part:
-        own = np.nan_to_num(part["shared_dilation"].values.ravel()[used])
-        shared = float(np.median(own))
+    if "shared_dilation_std" in part:
+        own = [np.nan_to_num(part[n].values.ravel()[used]) for n in schema.SHARED_DILATION if n in part]
+        shared = float(np.median(own[0])), float(np.median(own[1])) if len(own) > 1 else 0.0
     name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
     text = f"{name} of {int(used.sum())} of {len(g)} positions, {where}"
     return Reference(middle, of_middle, shared, text)

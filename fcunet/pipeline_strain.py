@@ -153,7 +153,7 @@ def compute_strain(
     strain_from_F(np.eye(2), measure, convention)  # refuses unknown names before the first block is computed
     for one in flat.values():
         deformation_gradient(one.g, one.g)
-    errors = [name for name in ("covariance", "shared_dilation") if name in lattice]
+    errors = [name for name in ("covariance", *schema.SHARED_DILATION) if name in lattice]
     if lattice["g1_qy"].chunks is not None:
         member = member.chunk(dict(zip(schema.SCAN_DIMS, lattice["g1_qy"].chunks, strict=True)))
     arrays = [*(lattice[name] for name in VECTORS), member, *(lattice[name] for name in errors)]
@@ -206,7 +206,11 @@ def compute_strain(
         "reference": description,
         "g1_ref_px": measured_ref[0].tolist(),
         "g2_ref_px": measured_ref[1].tolist(),
-        **({} if first.dilation is None or crystal is not None else {"shared_dilation_ref": first.dilation}),
+        **(
+            {}
+            if first.dilation is None or crystal is not None
+            else {"shared_dilation_ref": list(first.dilation)}
+        ),
     }
     return strain
 
@@ -272,7 +276,8 @@ def _strain_block(
     g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
     given = dict(zip(errors, arrays[5:], strict=True))
     g, covariance = undistort_lattice(g, given.get("covariance"), ellipse)
-    shared = given.get("shared_dilation")
+    shared = given.get("shared_dilation_std")
+    signed = given.get("shared_dilation", np.zeros(lead))
     member = np.asarray(arrays[4])
     F, turned = (np.full((*lead, 2, 2), np.nan) for _ in range(2))
     std = {f"{name}_std": np.full(lead, np.nan) for name in COMPONENTS}
@@ -287,7 +292,7 @@ def _strain_block(
         if covariance is not None:
             of_g = covariance[here]
             if shared is not None:
-                left = shared_dilation_left(shared[here], reference.dilation)
+                left = shared_dilation_left(shared[here], signed[here], reference.dilation)
                 of_g = with_shared_dilation(of_g, g[here], left)
             own = strain_std(
                 g[here], reference.g, of_g, reference_covariance=reference.covariance, **options | frame

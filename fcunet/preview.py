@@ -171,7 +171,7 @@ def _detect(patterns: NDArray, at: NDArray, measured: Calibration, config: Confi
     start = time.perf_counter()
     values = process_block(patterns[None], config.detection, measured, origin=origin, template_index=index)
     seconds = time.perf_counter() - start
-    kept = (*schema.PEAK_VARIABLES, "shared_dilation")
+    kept = (*schema.PEAK_VARIABLES, *schema.SHARED_DILATION)
     peaks = xr.Dataset({name: (schema.PEAKS[name].dims, values[name]) for name in kept})
     cepstral = config.detection.method == "cepstral"
     if cepstral:

@@ -99,20 +99,30 @@ PEAK_VARIABLES = _table(
     Variable("peak_sigma", PEAK_DIMS, "f", UNIT_PIXEL, "standard deviation of the peak position, per axis"),
 )
 
+SHARED_DILATION = _table(
+    Variable(
+        "shared_dilation_std",
+        SCAN_DIMS,
+        "f",
+        "1",
+        "standard deviation of a dilation that all peaks of the pattern share beside their own errors",
+    ),
+    Variable(
+        "shared_dilation",
+        SCAN_DIMS,
+        "f",
+        "1",
+        "the part of shared_dilation_std with a known sign, negative where peaks are expected too far in",
+    ),
+)
+
 PEAKS = (
     PEAK_VARIABLES
     | _table(
         Variable("n_peaks", SCAN_DIMS, "iu", "1", "number of Bragg peaks kept"),
         Variable("truncated", SCAN_DIMS, "b", None, "more peaks were found than the store holds"),
-        Variable(
-            "shared_dilation",
-            SCAN_DIMS,
-            "f",
-            "1",
-            "dilation that all positions of the pattern may share beside peak_sigma: one standard deviation, "
-            "negative where they are expected too far in",
-        ),
     )
+    | SHARED_DILATION
     | VIRTUAL
     | _table(Variable("status", BLOCK_DIMS, "iu", None, "0 to do, 1 done, 2 failed"))
 )
@@ -159,14 +169,7 @@ LATTICE = _table(
     Variable("n_indexed", SCAN_DIMS, "iu", "1", "number of peaks in the lattice fit"),
     Variable("score", SCAN_DIMS, "f", None, "gain in log-likelihood of the lattice over unrelated peaks"),
     Variable("lattice_id", SCAN_DIMS, "iu", None, "which of the lattices of the scan, from 1; 0 for none"),
-    Variable(
-        "shared_dilation",
-        SCAN_DIMS,
-        "f",
-        "1",
-        "dilation that all peaks of the pattern may share beside the covariance: one standard deviation, "
-        "negative where they are expected too far in",
-    ),
+    *SHARED_DILATION.values(),
     Variable("F", (*SCAN_DIMS, "row", "column"), "f", "1", "real-space deformation gradient, axes (y, x)"),
 )
 

@@ -11,6 +11,7 @@ from flat_scan import draw_datacube
 pytest.importorskip("panel", reason="panel is not installed: pip install -e '.[notebooks]'")
 
 import fcunet
+from fcunet import schema
 from fcunet.explore import Detector, Explorer, Maps, View, find_sources
 from fcunet.explore.recipe import code
 from fcunet.pipeline import compute_strain
@@ -170,10 +171,9 @@ def test_explorer__a_dilation_shared_with_the_reference_cancels(small_run, chang
     for size in (0.0, 5e-3):
         sources = find_sources(small_run[1])
         lattice = sources.tree["lattice"].dataset
-        sources.tree["lattice"] = xr.DataTree(
-            lattice.assign(shared_dilation=xr.full_like(lattice["shared_dilation"], size))
-        )
-        sources.tree["strain"].attrs["shared_dilation_ref"] = size
+        everywhere = {n: xr.full_like(lattice[n], size) for n in schema.SHARED_DILATION}
+        sources.tree["lattice"] = xr.DataTree(lattice.assign(everywhere))
+        sources.tree["strain"].attrs["shared_dilation_ref"] = [size, size]
         bars.append(Maps(sources).strain_at(View(position=(3, 7), **changes))["e_xx"][1])
     assert bars[1] == pytest.approx(bars[0], rel=1e-3)
 

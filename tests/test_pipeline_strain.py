@@ -65,7 +65,7 @@ def lattice(peaks):
 
 
 def test_fit_lattice__follows_the_schema(lattice):
-    required = [n for n in schema.LATTICE if n not in ("F", "shared_dilation")]
+    required = [n for n in schema.LATTICE if n not in ("F", *schema.SHARED_DILATION)]
     schema.check_variables(lattice, schema.LATTICE, required=required)
     assert lattice["g1_qy"].attrs["units"] == "px"
     assert lattice.attrs["basis_source"] == "found from the peaks"
@@ -225,7 +225,7 @@ def test_compute_strain__error_bars_include_the_reference():
 
 def test_compute_strain__error_bars_hold_a_dilation_shared_by_all_peaks(peaks):
     told = with_dilation(peaks, 4e-4)
-    told["shared_dilation"][0, 0] = np.nan  # nothing known of it
+    told["shared_dilation_std"][0, 0] = np.nan  # nothing known of it
     alone, shared = (compute_strain(fit_lattice(p), reference=G) for p in (peaks, told))
     for name in ("e_xx_std", "e_yy_std"):
         more = np.sqrt(shared[name] ** 2 - alone[name] ** 2)[:, :6]  # strained by 1 % at most
@@ -233,27 +233,37 @@ def test_compute_strain__error_bars_hold_a_dilation_shared_by_all_peaks(peaks):
         assert more[0, 0] == 0
     for name in ("e_xy_std", "theta_std"):
         np.testing.assert_allclose(shared[name][:, :3], alone[name][:, :3], rtol=1e-3)
-    assert "shared_dilation" not in fit_lattice(told, weighting="uniform")  # residuals alone tell
+    assert "shared_dilation_std" not in fit_lattice(told, weighting="uniform")  # residuals alone tell
 
 
-def with_dilation(peaks, std):
+def with_dilation(peaks, std, signed=0.0):
     """The same peaks, of which the detector says that they share a dilation."""
-    return peaks.assign(shared_dilation=std * xr.ones_like(peaks["peak_qy"][..., 0], dtype=np.float32))
+    one = xr.ones_like(peaks["peak_qy"][..., 0], dtype=np.float32)
+    return peaks.assign(shared_dilation_std=std * one, shared_dilation=signed * one)
 
 
 def test_compute_strain__a_shared_dilation_cancels_in_the_same_crystal(peaks):
     size = xr.where(peaks["scan_x"] > peaks["scan_x"][3], 3e-3, 4e-3)
     alone, shared = (fit_lattice(p) for p in (peaks, with_dilation(peaks, size)))
-    schema.check_variables(shared, schema.LATTICE, required=["shared_dilation"])
+    schema.check_variables(shared, schema.LATTICE, required=list(schema.SHARED_DILATION))
     region = (0, 8, 0, 3)
     bars, wider = (compute_strain(one, reference=region) for one in (alone, shared))
     more = np.sqrt(wider["e_xx_std"] ** 2 - bars["e_xx_std"] ** 2)[:, :6]  # strained by 1 % at most
     np.testing.assert_allclose(more[:, :3], 0, atol=1e-5)
     np.testing.assert_allclose(more[:, 4:], 1e-3, rtol=0.03)
-    assert wider.attrs["shared_dilation_ref"] == pytest.approx(4e-3)
+    assert wider.attrs["shared_dilation_ref"] == pytest.approx([4e-3, 0])
     assert "shared_dilation_ref" not in bars.attrs
     lazy = compute_strain(shared.chunk(scan_y=3), reference=region)
     xr.testing.assert_allclose(lazy.compute(), wider)
+
+
+def test_compute_strain__shared_dilations_of_opposite_sign_add_up(peaks):
+    signed = xr.where(peaks["scan_x"] > peaks["scan_x"][3], 2e-3, -1e-3)
+    alone, shared = (fit_lattice(p) for p in (peaks, with_dilation(peaks, np.hypot(signed, 3e-3), signed)))
+    bars, wider = (compute_strain(one, reference=(0, 8, 0, 3))["e_xx_std"] for one in (alone, shared))
+    more = np.sqrt(wider**2 - bars**2)[:, :6]
+    np.testing.assert_allclose(more[:, :3], 0, atol=1e-5)
+    np.testing.assert_allclose(more[:, 4:], 3e-3, rtol=0.03)
 
 
 def test_compare_with_truth__counts_error_bars():

@@ -94,11 +94,11 @@ class Sources:
         found = {n: np.asarray(one[n].values, dtype=float)[good] for n in names}
         return {n: found.get(n, nothing) for n in schema.PEAK_VARIABLES}
 
-    def shared_dilation_at(self, y: int, x: int) -> float:
-        """One standard deviation of the dilation that the peaks of a position share; NaN if not known."""
+    def shared_dilation_at(self, y: int, x: int) -> tuple[float, float]:
+        """Standard deviation of the dilation that the peaks of a position share, and its signed part."""
         lattice = self.tree["lattice"].dataset
-        name = "shared_dilation"
-        return float(lattice[name][y, x]) if name in lattice else np.nan
+        std, signed = (float(lattice[n][y, x]) if n in lattice else 0.0 for n in schema.SHARED_DILATION)
+        return std, signed
 
     def lattice_at(self, y: int, x: int) -> tuple[Array, Array, Array]:
         """Origin (2,), g (2, 2) and covariance (6, 6) at a position; NaN where there is no lattice."""

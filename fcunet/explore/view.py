@@ -173,7 +173,7 @@ class Maps:
     def lattice(self) -> xr.Dataset:
         """The lattice vectors of every position, in memory, without their covariance."""
         lattice = self.sources.tree["lattice"].dataset
-        return lattice[[n for n in (*_VECTORS, "shared_dilation") if n in lattice]].load()
+        return lattice[[n for n in (*_VECTORS, *schema.SHARED_DILATION) if n in lattice]].load()
 
     def strain(self, view: View) -> xr.Dataset:
         """`e_xx, e_yy, e_xy, theta` under the reference and the frame of `view`."""
@@ -327,7 +327,7 @@ class Maps:
         g_ref = np.array([attrs["g1_ref_px"], attrs["g2_ref_px"]], dtype=float)  # as measured
         g_ref, _ = undistort_lattice(g_ref, None, ellipse)
         left = shared_dilation_left(
-            self.sources.shared_dilation_at(*view.position), attrs.get("shared_dilation_ref")
+            *self.sources.shared_dilation_at(*view.position), attrs.get("shared_dilation_ref")
         )
         covariance = with_shared_dilation(covariance, g, left)
         g, undistorted = undistort_lattice(g, covariance, ellipse)

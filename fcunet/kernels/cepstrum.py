@@ -102,6 +102,7 @@ def find_cepstral_peaks(
         there.sum(1),
         maxima.truncated,
         torch.zeros(len(there), device=there.device),
+        torch.zeros(len(there), device=there.device),
     )
 
 

@@ -146,7 +146,7 @@ def find_disks(
     -------
     Peaks
         `intensity` is the height of the (smoothed) correlation; `sigma` is described in
-        :func:`~fcunet.kernels.precision.position_sigma`, `dilation` in
+        :func:`~fcunet.kernels.precision.position_sigma`, the dilation in
         :func:`~fcunet.kernels.shared_dilation.shared_dilation`. `max_num_peaks` slots.
 
     Raises
@@ -232,7 +232,7 @@ class DiskFinder:
         if not len(patterns):
             empty = patterns.new_empty((0, self.plan.slots), dtype=torch.float32)
             count = empty.new_empty(0, dtype=torch.int64)
-            return Peaks(empty, empty, empty, empty, count, count.bool(), empty[:, 0])
+            return Peaks(empty, empty, empty, empty, count, count.bool(), empty[:, 0], empty[:, 0])
         at_once = len(patterns)
         if patterns.device.type == "cpu":
             at_once = max(_CPU_PIXELS // (self.shape[0] * self.shape[1]), 1)
@@ -358,14 +358,14 @@ def _refine(found: _Found, n: int, plan: _Plan) -> Peaks:
     contrast = measure_contrast(found.light, plan.disk, transform=plan.transform)
     sigma = position_sigma(contrast, found.which, n, plan.disk, rounded=plan.subpixel == "pixel")
     y, x = found.y + dy, found.x + dx
-    dilation = shared_dilation(
+    dilation_std, dilation = shared_dilation(
         contrast, y, x, sigma, found.which, n, plan.disk, shape=plan.shape, scales=plan.dilation_scales
     )
     padded = intensity.new_full((4, n, plan.slots), torch.nan)
     padded[:, found.which, found.slot] = torch.stack([y, x, intensity, sigma])
     order = padded[2].nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices
     qy, qx, intensity, sigma = padded.gather(2, order.expand_as(padded))
-    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, dilation)
+    return Peaks(qy, qx, intensity, sigma, found.n_peaks, found.truncated, dilation_std, dilation)
 
 
 def _correlate(images: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,11 @@ class Peaks(NamedTuple):
         Number of peaks kept.
     truncated : Tensor, shape (n,), bool
         True where more peaks passed all criteria than there are slots.
+    dilation_std : Tensor, shape (n,), float32
+        Standard deviation of a dilation, a strain, that all positions of the pattern share beside `sigma`;
+        0 where the detector states none.
     dilation : Tensor, shape (n,), float32
-        A dilation, as a strain, that all positions of the pattern may share beside `sigma`: one standard
-        deviation, negative where the detector expects them too far in; 0 where it states none.
+        The part of it whose direction is known, negative where positions are expected too far in; else 0.
     """
 
     qy: Tensor
@@ -33,6 +35,7 @@ class Peaks(NamedTuple):
     sigma: Tensor
     n_peaks: Tensor
     truncated: Tensor
+    dilation_std: Tensor
     dilation: Tensor
 
 

@@ -36,7 +36,7 @@ def shared_dilation(
     shape: tuple[int, int],
     scales: tuple[float, float] = DILATION_SCALES["none"],
 ) -> Tensor:
-    """A dilation that all positions of a pattern may share beside `sigma`: one standard deviation, signed.
+    """Standard deviation of a dilation that all positions of a pattern share beside `sigma`.
 
     Parameters
     ----------
@@ -59,9 +59,10 @@ def shared_dilation(
 
     Returns
     -------
-    Tensor, shape (n,), float32
-        Of positions, as a strain; 0 where the disks are even as far as counting tells, and where there are
-        none. Negative where the disks are brighter inside, so that their positions are read too far in.
+    Tensor, shape (2, n), float32
+        The standard deviation, a strain; 0 where the disks are even as far as counting tells, and where there
+        are none. Then the part of it whose direction is known: negative where the disks are brighter inside,
+        so that their positions are read too far in.
 
     Notes
     -----
@@ -74,14 +75,15 @@ def shared_dilation(
     with q_j from the weighted mean of the positions. Counting noise in the tilts gives d the variance v =
     sum((w_j P_j)^2 q_j^2 noise_j) / sum(w_j q_j^2)^2. On crystals of other prototypes d agrees with the true
     error in sign and, roughly, in size, but not well enough to correct it: contrast at the rim need not
-    continue that inside. So it states an error, with the sign of d, which tells two patterns that err alike
-    from two that do not, and with the variance ::
+    continue that inside. So it states an error, with the variance ::
 
         a^2 max(d^2 - 3 v, 0) + b^2 (sum(w_j |P_j| |q_j|) / sum(w_j q_j^2))^2 T / (T + 0.3)
 
-    The second term is for tilts that cancel inside the disks, which those at the rims need not do: T is the
-    mean squared contrast of the disks less three standard deviations by counting noise, at least 0, and the
-    bracket what a contrast of 1 pointing outwards everywhere would do.
+    The first term has the sign of d, which tells two patterns that err alike from two that do not
+    (:func:`~fcunet.kernels.strain.shared_dilation_left`). The second is for tilts that cancel inside the
+    disks, which those at the rims need not do: T is the mean squared contrast of the disks less three
+    standard deviations by counting noise, at least 0, and the bracket what a contrast of 1 pointing outwards
+    everywhere would do.
     """
     reach = 0.75 * disk.radius  # half the side of what the contrast is measured in
     whole = (y >= reach) & (y <= shape[0] - 1 - reach) & (x >= reach) & (x <= shape[1] - 1 - reach)
@@ -114,6 +116,6 @@ def shared_dilation(
     predicted2 = (sums[1] / moment) ** 2 - _NOISE * sums[2] / moment**2
     squared = (sums[5] / trusted - _DOUBT * sums[6].sqrt() / trusted).clamp(min=0)
     textured = (squared / (squared + _HALF)).sqrt()
-    predicted = predicted2.clamp(min=0).sqrt()
-    size = torch.hypot(scales[0] * predicted, scales[1] * textured * sums[3] / moment)
-    return torch.where(sums[1] < 0, -size, size)
+    size = scales[0] * predicted2.clamp(min=0).sqrt()
+    total = torch.hypot(size, scales[1] * textured * sums[3] / moment)
+    return torch.stack([total, torch.where(sums[1] < 0, -size, size)])

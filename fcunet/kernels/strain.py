@@ -267,31 +267,36 @@ def with_shared_dilation(covariance: ArrayLike, g: ArrayLike, std: ArrayLike) ->
     return out
 
 
-def shared_dilation_left(shared: ArrayLike, reference: float | None) -> Array:
+def shared_dilation_left(std: ArrayLike, signed: ArrayLike, reference: tuple[float, float] | None) -> Array:
     """What a shared dilation leaves of itself in the difference of two lattices.
 
     Parameters
     ----------
-    shared : array_like
-        Dilation that the peaks of a pattern may share: one standard deviation, with the sign of the error
-        where that is known. NaN counts as 0.
-    reference : float, optional
-        The same of the reference, a pattern of the same crystal. None: the reference is exact.
+    std : array_like
+        Standard deviation of the dilation that the peaks of a pattern share. NaN counts as 0.
+    signed : array_like
+        The part of it whose direction is known, with its sign.
+    reference : (float, float), optional
+        Both of the reference, a pattern of the same crystal. None: the reference is exact.
 
     Returns
     -------
-    array, shape of `shared`
+    array, shape of `std`
         Standard deviation of the difference.
 
     Notes
     -----
-    Patterns of one crystal err alike, and how much is told by their s and r: ``|s - r|`` is left. Against
-    neighbours, up to 4 mrad and a tenth of the thickness apart, such bars hold as many of the true
-    differences as they should or more, because part of the independent errors cancels as well
-    (``benchmarks/results/neighbours.md``). Where the composition changes they are too small.
+    Patterns of one crystal err alike, by amounts that their standard deviations tell. Of the signed parts a
+    and b, and the rests r and s, ``sqrt((a - b)^2 + (r - s)^2)`` is left. Against neighbours, up to 4 mrad
+    and a tenth of the thickness apart, such bars hold as many of the true differences as they should or more,
+    because part of the independent errors cancels as well (``benchmarks/results/neighbours.md``). Where the
+    composition changes they are too small.
     """
-    own = np.nan_to_num(np.asarray(shared, dtype=np.float64))
-    return np.abs(own if reference is None else own - reference)
+    total, known = (np.nan_to_num(np.asarray(v, dtype=np.float64)) for v in (std, signed))
+    if reference is None:
+        return np.asarray(np.abs(total))
+    rest, rest_of_reference = (np.sqrt(np.maximum(t**2 - k**2, 0)) for t, k in ((total, known), reference))
+    return np.asarray(np.hypot(known - reference[1], rest - rest_of_reference))
 
 
 def principal_strains(e_xx: ArrayLike, e_yy: ArrayLike, e_xy: ArrayLike) -> dict[str, Array]:

@@ -97,7 +97,7 @@ def select_peaks(
     sigma: Tensor,
     found: Tensor,
     truncated: Tensor,
-    dilation: Tensor,
+    dilation_std: Tensor,
     *,
     frame: tuple[int, int],
     slots: int,
@@ -137,5 +137,6 @@ def select_peaks(
         sigma=order(sigma),
         n_peaks=kept.sum(1),
         truncated=truncated,
-        dilation=dilation,
+        dilation_std=dilation_std,
+        dilation=torch.zeros_like(dilation_std),
     )

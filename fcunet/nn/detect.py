@@ -65,7 +65,7 @@ def detect(
         relative_to_peak=relative_to_peak,
     )
     if not with_reader:
-        return found._replace(dilation=found.dilation + model.config.dilation_floor)
+        return found._replace(dilation_std=found.dilation_std + model.config.dilation_floor)
     assert isinstance(model, FCUNet)
     y, x = found.qy, found.qx
     reading = model.read_disks(patterns, probes, y, x, optics=optics, binning=binning, level=maps.level)

@@ -123,7 +123,7 @@ def _strains(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tens
         found = affine_error(matches, batch.spot_position)
         errors.append(found.strain.diagonal(dim1=1, dim2=2))
         stds.append(found.std)
-        shared.append(matches.dilation)
+        shared.append(matches.dilation_std)
     error, std = torch.cat(errors), torch.cat(stds)
     known = (torch.isfinite(error) & torch.isfinite(std)).all(1)
     return error[known], std[known], torch.cat(shared)[known]

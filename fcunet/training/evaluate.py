@@ -46,7 +46,7 @@ class Matches(NamedTuple):
     error: Tensor  # (n, S, 2) found - true (y, x) px, NaN if not found
     sigma: Tensor  # (n, S) px
     amplitude: Tensor  # (n, S) volts; NaN if not found
-    dilation: Tensor  # (n,) a strain that the positions of a pattern share
+    dilation_std: Tensor  # (n,) a strain that the positions of a pattern share
     n_false: Tensor  # (n,) peaks on no lit spot
     n_peaks: Tensor  # (n,)
 
@@ -95,7 +95,7 @@ def match_peaks(peaks: Peaks, batch: Batch, *, margin_px: float = 0.0, match_px:
         error=error,
         sigma=of(peaks.sigma),
         amplitude=of(peaks.intensity),
-        dilation=peaks.dilation,
+        dilation_std=peaks.dilation_std,
         n_false=false.sum(1),
         n_peaks=real.sum(1),
     )
@@ -167,7 +167,7 @@ class Totals:
                 "error": matches.error[keep],
                 "sigma": matches.sigma[keep],
                 "strain": affine.strain.flatten(1),
-                "strain_std": torch.hypot(affine.std, matches.dilation[:, None].to(affine.std)),
+                "strain_std": torch.hypot(affine.std, matches.dilation_std[:, None].to(affine.std)),
                 "strain_uniform": uniform.strain.flatten(1),
                 "truth": truth[beams],
                 "predicted": matches.amplitude[beams],

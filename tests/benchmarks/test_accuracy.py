@@ -37,9 +37,8 @@ def true_peaks(scan, distortion=None):
     y, x = (torch.as_tensor(at[..., i], dtype=torch.float32) for i in (0, 1))
     there = torch.isfinite(y)
     one = torch.where(there, 1.0, torch.nan)
-    return Peaks(
-        y, x, one, 0.01 * one, there.sum(1), torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y))
-    )
+    zero = torch.zeros(len(y))
+    return Peaks(y, x, one, 0.01 * one, there.sum(1), zero.bool(), zero, zero)
 
 
 def test_strain_errors__of_the_true_positions_are_zero(scan):

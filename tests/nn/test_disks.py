@@ -182,6 +182,7 @@ def test_structure_factor_image__spots_have_their_height_and_place():
         sigma=torch.full((2, 2), 0.1),
         n_peaks=torch.tensor([2, 0]),
         truncated=torch.zeros(2, dtype=torch.bool),
+        dilation_std=torch.zeros(2),
         dilation=torch.zeros(2),
     )
     image = structure_factor_image(peaks, (64, 48))

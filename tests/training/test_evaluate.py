@@ -22,7 +22,7 @@ def peaks_at(position, intensity, sigma=0.1, slots=200):
         ):
             slot[i, :k] = values
         count[i] = k
-    return Peaks(*out, count, torch.zeros(n, dtype=torch.bool), torch.zeros(n))
+    return Peaks(*out, count, torch.zeros(n, dtype=torch.bool), torch.zeros(n), torch.zeros(n))
 
 
 @pytest.fixture
