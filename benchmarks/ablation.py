@@ -27,7 +27,7 @@ from .accuracy import INF, scans_of
 from .accuracy_data import prototype_batches
 from .accuracy_methods import RESULTS
 from .accuracy_report import ABTEM
-from .accuracy_scores import COMPONENTS, Strain, peak_figures, strain_errors
+from .accuracy_scores import COMPONENTS, Strain, peak_figures, slope, strain_errors
 
 Detector = Callable[[FCUNet, Tensor, Tensor, Tensor], Peaks]
 
@@ -147,12 +147,6 @@ def dilation_rows(model: FCUNet, doses: tuple[float, ...]) -> list[str]:
     lines = [f"| share that stays, median | {' | '.join(cells)} |"]
     print(lines[0], flush=True)
     return lines
-
-
-def slope(truth: np.ndarray, error: np.ndarray) -> float:
-    """Of found against true strain: 1 is right."""
-    spread = truth - truth.mean()
-    return float(1 + np.nansum(spread * error) / (spread @ spread))
 
 
 def slope_rows(model: FCUNet, doses: tuple[float, ...], draws: int = 8) -> list[str]:

@@ -213,14 +213,14 @@ def disk_electrons(counts: Tensor, qy: Tensor, qx: Tensor, radius: float) -> Ten
 
 
 def fit_weights(method: Method, peaks: Peaks, counts: Tensor, radius: float, edge: float) -> dict[str, Any]:
-    """`sigma` and `weighting` for the lattice fit, `dilation` for the error bars of networks.
+    """`sigma` and `weighting` for the lattice fit, `dilation_std` for the error bars of networks.
 
     Beside what `fit_lattice` offers, ``noise:T`` stands for the Cramer-Rao error of an evenly filled disk
     with the electrons found there, and T px for its texture, added in quadrature.
     """
     if method.kind == "network" and method.weighting == "sigma":
         shared = peaks.dilation_std.numpy()
-        return {"sigma": peaks.sigma.numpy(), "weighting": "sigma", "dilation": shared}
+        return {"sigma": peaks.sigma.numpy(), "weighting": "sigma", "dilation_std": shared}
     if not method.weighting.startswith("noise"):
         return {"sigma": peaks.sigma.numpy(), "weighting": method.weighting}
     floor = float(method.weighting.partition(":")[2])

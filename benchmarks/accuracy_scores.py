@@ -47,12 +47,11 @@ class Strain:
             centred = e.copy()
             for g in np.unique(self.group[ok]):
                 centred[self.group[ok] == g] -= e[self.group[ok] == g].mean()
-            spread = t - t.mean() if len(t) else t
             out[name] = {
                 "rms": float(np.sqrt(np.mean(e**2))) if len(e) else np.nan,
                 "rms_mean_removed": float(np.sqrt(np.mean(centred**2))) if len(e) else np.nan,
                 "bias": float(e.mean()) if len(e) else np.nan,
-                "slope": float(1 + spread @ e / (spread @ spread)) if len(e) > 1 else np.nan,
+                "slope": slope(t, e) if len(e) > 1 else np.nan,
                 "within_1": float((ratio < 1).mean()) if len(e) else np.nan,
                 "within_2": float((ratio < 2).mean()) if len(e) else np.nan,
                 "fitted": float(ok.mean()),
@@ -60,8 +59,14 @@ class Strain:
         return out
 
 
+def slope(truth: np.ndarray, error: np.ndarray) -> float:
+    """Of found against true strain: 1 is right, less flattens a profile."""
+    spread = truth - truth.mean()
+    return float(1 + np.nansum(spread * error) / (spread @ spread))
+
+
 def strain_errors(
-    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation: np.ndarray | float = 0.0
+    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation_std: np.ndarray | float = 0.0
 ) -> Strain:
     """Strain that the lattice fit finds in the peaks of a scan, less the truth; the reference is exact."""
     distorted = scan.g_ref @ scan.distortion.T
@@ -74,7 +79,7 @@ def strain_errors(
     A = scan.distortion
     F = A.T @ F @ np.linalg.inv(A.T)
     found, true = strain_from_F(F), strain_from_F(scan.F)
-    covariance = with_shared_dilation(fit.covariance, fit.g, dilation)
+    covariance = with_shared_dilation(fit.covariance, fit.g, dilation_std)
     std = strain_std(fit.g, distorted, covariance)
     error = np.stack([found[c] - true[c] for c in COMPONENTS], -1)
     error[~(np.abs(error) < _WRONG).all(-1)] = np.nan

@@ -43,7 +43,7 @@ EXACT_BAR, NOISE_FREE_BAR, BOUND_BAR = 1e-12, 2e-5, 1.5
 COVERAGE_BAR, SPREAD_BAR = 0.05, 0.05
 FOILS = {"thin": (4.0, 10.0), "thick": (60.0, 100.0)}  # nm
 _N_FOILS, _FOIL_SCAN = 12, (4, 4)
-_UNSTRAINED = (0, 4, 0, 1)  # the column of each foil that is its reference: rows, columns
+_UNSTRAINED = (0, _FOIL_SCAN[0], 0, 1)  # the column of each foil that is its reference: rows, columns
 _WRONG = 0.03  # a strain off by more is that of another lattice: counted as not found
 _SIGMA = 0.8  # blur of the edge of flat disks, px
 

@@ -24,7 +24,7 @@ from fcunet.nn.weights import load_model, resolve_weights
 from fcunet.simulation.crystals import Crystal
 from fcunet.simulation.scattering import StructureFactors, couple_beams, scatter, tilt_rotation
 from fcunet.training.dataset import PatternSource, Pool, TrainingBatch, training_crystals
-from fcunet.training.evaluate import Detector, affine_error, match_peaks, network_detector
+from fcunet.training.evaluate import affine_error, match_peaks, network_detector
 from fcunet.training.orientations import draw_orientation, pack_orientations
 
 from .shared_dilation import THICKNESSES, finder_of, join
@@ -96,17 +96,6 @@ def correlate(batch: TrainingBatch) -> Peaks:
     return join([finder_of(probe)(pattern[None]) for pattern, probe in pairs])
 
 
-def in_parts(find: Detector) -> Detector:
-    """The same, 16 patterns at a time."""
-
-    def call(batch: Any) -> Peaks:
-        rows = [slice(i, i + 16) for i in range(0, len(batch), 16)]
-        parts = [TrainingBatch(**{f.name: getattr(batch, f.name)[r] for f in fields(batch)}) for r in rows]
-        return join([find(part) for part in parts])
-
-    return call
-
-
 def shares(readings: list[Reading]) -> dict[str, Any]:
     """How many differences from the near neighbours one and two error bars hold, and sizes in 1e-3."""
     error, std, shared, signed = (
@@ -142,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model("default", device="cpu", precision="fp32")
-    detectors = {"correlation": correlate, "FCU-Net": in_parts(network_detector(model))}
+    detectors = {"correlation": correlate, "FCU-Net": network_detector(model)}
     weights = resolve_weights("default")[1][:12]
     text = [
         "# Strain against a neighbour in the same crystal, and its error bar",

@@ -240,11 +240,9 @@ def process_block(
     dict of ndarray
         ``peak_qy, peak_qx, peak_intensity, peak_sigma`` float32 (by, bx, peak), NaN-padded, brightest first;
         ``n_peaks`` int16, ``truncated`` bool; ``shared_dilation_std, shared_dilation, bf, adf, total,
-        com_qy, com_qx`` float32
-        (by, bx); ``sum`` float64 and ``maximum`` float32 (qy, qx) over the block. A pattern without counts
-        has no peaks and NaN as centre of mass; a pattern of NaN is NaN throughout and not part of `sum` and
-        `maximum`.
-
+        com_qy, com_qx`` float32 (by, bx); ``sum`` float64 and ``maximum`` float32 (qy, qx) over the block. A
+        pattern without counts has no peaks and NaN as centre of mass; a pattern of NaN is NaN throughout and
+        not part of `sum` and `maximum`.
     Raises
     ------
     ValueError

@@ -168,12 +168,12 @@ def test_run__leaves_no_part_of_a_chunk_that_a_lost_node_was_writing(store, clie
 def test_run__does_not_continue_what_an_older_version_began(finished, store, client, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    shutil.rmtree(out / "peaks.zarr" / "shared_dilation")
+    shutil.rmtree(out / "peaks.zarr" / "shared_dilation_std")
     again = runner.run(config(store, out), client=client, progress=False)  # complete: nothing to continue
     assert again["strain/valid"].any()
     status = zarr.open_group(out / "peaks.zarr")["status"]
     status[0, 0] = schema.STATUS_TODO
-    with pytest.raises(ValueError, match=r"older fcunet.*lack shared_dilation.*--restart"):
+    with pytest.raises(ValueError, match=r"older fcunet.*lack shared_dilation_std.*--restart"):
         runner.run(config(store, out), client=client, progress=False)
 
 

@@ -103,6 +103,7 @@ def test_patterns_without_disks__state_nothing():
     batch = torch.stack([torch.zeros(SIZE, SIZE), torch.full((SIZE, SIZE), 3.0), holed, patterns[0], lone])
     peaks = find_disks(batch, make_kernel(PROBE), **OPTIONS)
     assert peaks.dilation_std[:3].tolist() == [0, 0, 0]
+    assert float(peaks.dilation_std[3]) > 0
     assert float(peaks.dilation[3]) < 0
     assert torch.isfinite(peaks.dilation_std).all()
 
