@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--crystals", type=int, default=48, help="of each thickness")
     parser.add_argument("--out", type=Path, default=RESULTS / "neighbours.md")
     options = parser.parse_args()
+    if options.crystals < 1:
+        parser.error(f"--crystals is {options.crystals}; at least one is needed")
     torch.set_num_threads(1)
     model = load_model("default", device="cpu", precision="fp32")
     detectors = {"correlation": correlate, "FCU-Net": network_detector(model)}

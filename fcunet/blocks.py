@@ -243,6 +243,7 @@ def process_block(
         com_qy, com_qx`` float32 (by, bx); ``sum`` float64 and ``maximum`` float32 (qy, qx) over the block. A
         pattern without counts has no peaks and NaN as centre of mass; a pattern of NaN is NaN throughout and
         not part of `sum` and `maximum`.
+
     Raises
     ------
     ValueError

@@ -288,9 +288,9 @@ def shared_dilation_left(std: ArrayLike, signed: ArrayLike, reference: tuple[flo
     -----
     Patterns of one crystal err alike, by amounts that their standard deviations tell. Of the signed parts a
     and b, and the rests r and s, ``sqrt((a - b)^2 + (r - s)^2)`` is left. Against neighbours, up to 4 mrad
-    and a tenth of the thickness apart, such bars hold 62 to 85 % of the true differences, more of
-    nearer ones, because part of the independent errors cancels as well (``benchmarks/results/neighbours.md``). Where the
-    composition changes they are too small.
+    and a tenth of the thickness apart, such bars hold 62 to 85 % of the true differences, more of nearer
+    ones, because part of the independent errors cancels as well (``benchmarks/results/neighbours.md``). Where
+    the composition changes they are too small.
     """
     total, known = (np.nan_to_num(np.asarray(v, dtype=np.float64)) for v in (std, signed))
     if reference is None:
