@@ -239,14 +239,15 @@ def main(arguments: list[str] | None = None) -> dict:
         "memory, MiB": lambda: memory_curve(device, args.precision, main_size, 10 if args.quick else 1000),
         "profile": lambda: profile(device, args.precision, main_size),
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for step, work in steps.items():
         facts[step] = work()
         print(f"{step}: {facts[step]}", flush=True)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")  # what is known, should the time run out
     facts["roofline, patterns per s"] = {
         s: args.tflops * 1e12 / sum(v.values()) for s, v in facts["operations per pattern"].items()
     }
     print(f"roofline, patterns per s: {facts['roofline, patterns per s']}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 

@@ -167,7 +167,11 @@ def test_process_block__on_a_gpu_does_not_depend_on_what_is_sent_ahead(monkeypat
     config = CONFIG.model_copy(update={"device": "cuda", "batch": 8})
     ahead = process_block(chunk, config, calibration)
     monkeypatch.setattr(blocks, "_STAGED", set())
-    assert_same(process_block(chunk, config, calibration), ahead, ahead)
+    at_once = process_block(chunk, config, calibration)
+    for (
+        name
+    ) in ahead:  # a GPU may round otherwise, in the last bit, where patterns lie elsewhere in its memory
+        np.testing.assert_allclose(at_once[name], ahead[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_staging__keeps_a_batch_apart_from_those_sent_after_it():

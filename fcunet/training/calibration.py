@@ -134,4 +134,4 @@ def _with(model: Network, **changes: float) -> Network:
     copy = build_network(replace(model.config, **changes))  # type: ignore[arg-type]
     copy.load_state_dict(model.state_dict())
     copy.precision = model.precision
-    return copy.eval()
+    return copy.to(next(model.parameters()).device).eval()

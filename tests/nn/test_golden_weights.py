@@ -69,8 +69,14 @@ def test_default_weights__give_the_golden_peaks_on_a_gpu():
     model = load_model("default", device="cuda", precision="fp32")
     pattern, probe, _ = make_pattern()
     found = detect(model, pattern[None].cuda(), probe.cuda())
-    reference = detect(load_model("default", device="cpu"), pattern[None], probe)
-    torch.testing.assert_close(found.qy.cpu(), reference.qy, rtol=0, atol=0.02, equal_nan=True)
+    reference = detect(load_model("default", device="cpu", precision="fp32"), pattern[None], probe)
+    assert int(found.n_peaks) == int(reference.n_peaks)
+
+    def sort(peaks):  # two peaks as bright as each other may come in either order
+        places = torch.stack((peaks.qy, peaks.qx), dim=-1)[0, : int(peaks.n_peaks)].cpu().numpy()
+        return places[np.lexsort((places[:, 1], places[:, 0].round()))]
+
+    np.testing.assert_allclose(sort(found), sort(reference), rtol=0, atol=0.02)
 
 
 if __name__ == "__main__":
