@@ -1,7 +1,9 @@
-"""Batches drawn ahead of the training by other processes, so that the device never waits for patterns."""
+"""Batches drawn ahead of the training, so that the device never waits for patterns."""
 
+import contextlib
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,3 +105,62 @@ def _put(batches: Any, item: Any, parent: int) -> None:
         except queue.Full:
             if os.getppid() != parent:
                 raise SystemExit(1) from None
+
+
+class DrawnTogether:
+    """Endless batches of `n` patterns, `times` of them drawn at once by a thread.
+
+    On a GPU a draw is bound by its hundreds of small kernels, so many patterns take hardly longer than few;
+    and processes of their own (:class:`DrawnAhead`) would have to take turns with the training.
+
+    Parameters
+    ----------
+    make : callable
+        Called without arguments in the thread, makes the source, whose batches can be sliced.
+    n, times : int
+        Patterns per batch, batches per draw.
+    """
+
+    def __init__(self, make: Callable[[], Any], n: int, times: int):
+        self.n, self.times = n, times
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=2 * times)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._draw, args=(make,), daemon=True)
+        self._thread.start()
+
+    def batch(self, n: int) -> Batch:
+        """The next batch.
+
+        Raises
+        ------
+        RuntimeError
+            If drawing failed; with its error.
+        """
+        if n != self.n:
+            raise ValueError(f"batches of {self.n} patterns are drawn together, asked for were {n}")
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._put(item)  # whoever asks again is told again
+            raise RuntimeError("the thread that draws training patterns failed") from item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _draw(self, make: Callable[[], Any]) -> None:
+        try:
+            source = make()
+            while not self._ended.is_set():
+                drawn = source.batch(self.n * self.times)
+                for k in range(self.times):
+                    self._put(drawn[k * self.n : (k + 1) * self.n])
+        except Exception as err:
+            self._put(err)
+
+    def _put(self, item: Any) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_PATIENCE_S)
+                return

@@ -74,6 +74,10 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.pattern)
 
+    def __getitem__(self, rows: slice) -> "TrainingBatch":
+        """Some of the patterns."""
+        return TrainingBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
 
 @cache
 def _bullseye_apertures() -> Tensor:
@@ -118,6 +122,8 @@ class PatternSource:
         Share of the samples with disks of 1.8 to 4 px radius that may lie as near to each other as 5 px.
     faint : float
         Share of the samples with 300 to 2000 electrons.
+    bright : float
+        Share of the samples with 1e7 to 1e9 electrons, where counting noise no longer hides what is left.
 
     Notes
     -----
@@ -144,6 +150,7 @@ class PatternSource:
         radius: tuple[float, float] | None = None,
         small: float = 0.0,
         faint: float = 0.0,
+        bright: float = 0.0,
     ) -> None:
         self.crystals = training_crystals(split)
         self.size = size
@@ -157,6 +164,7 @@ class PatternSource:
         self.radius = radius
         self.small = small
         self.faint = faint
+        self.bright = bright
         self._rng = np.random.default_rng([_SPLIT_SEEDS[split], seed])
         self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
         self._noise = torch.Generator(self.device).manual_seed(int(self._rng.integers(2**62)))
@@ -346,6 +354,8 @@ class PatternSource:
         )
         if self.faint:
             dose = torch.where(self._rand(n) < self.faint, _log_uniform(v, 3e2, 2e3), dose)
+        if self.bright:
+            dose = torch.where(self._rand(n) < self.bright, _log_uniform(v, 1e7, 1e9), dose)
         return dose
 
     def _choose_aperture(self, n: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..nn.model import FCUNet, FCUNetConfig, Network, disk_radius
 from ..nn.published import build_network
 from ..nn.weights import load_parts, network_config, pick_device, save_weights, training_facts
-from .ahead import DrawnAhead
+from .ahead import DrawnAhead, DrawnTogether
 from .calibration import calibrate
 from .card import model_card
 from .disks import DiskLossConfig, DiskStage, disk_losses, propose
@@ -35,6 +35,7 @@ __all__ = ["TrainConfig", "Validation", "export_weights", "recalibrate", "train"
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME, WEIGHTS_NAME = "checkpoint.pt", "weights"
+_MEMORY_SHARE = 0.85  # of a GPU, at most, for one process
 
 
 class Source(Protocol):
@@ -65,9 +66,9 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def close(self) -> None:
-        """End the processes that draw patterns."""
+        """End the processes and threads that draw patterns."""
         for source in (self.source, self.large_source):
-            if isinstance(source, DrawnAhead):
+            if isinstance(source, DrawnAhead | DrawnTogether):
                 source.close()
 
     @property
@@ -278,7 +279,8 @@ def _start(
         state.step, state.samples, state.elapsed_s = step, saved["samples"], saved["elapsed_s"]
         state.best_score, state.best = saved["best_score"], saved["best"]
         torch.set_rng_state(saved["rng"])
-        if saved["source"] is not None and world == saved["world"] == 1 and not config.draw_processes:
+        ahead = config.draw_processes or config.draw_together
+        if saved["source"] is not None and world == saved["world"] == 1 and not ahead:
             source.load_state_dict(saved["source"])  # type: ignore[attr-defined]
         logger.info("continuing %s at step %d", path, step)
     return state
@@ -368,14 +370,14 @@ class Validation:
 
     @cached_property
     def sets(self) -> dict[float, list[Batch]]:
-        """Dose -> batches."""
+        """Dose -> batches, on the CPU like the peaks they are compared with."""
         sets = {}
         with torch.random.fork_rng(devices=[]):
             for i, dose in enumerate(self.config.validation_doses):
                 source = self.make_source("validation", self.config.validation_size, 90_001 + i, dose)
                 left, batches = self.config.validation_patterns, []
                 while left > 0:
-                    batches.append(source.batch(min(left, 16)))
+                    batches.append(source.batch(min(left, 16)).to("cpu"))
                     left -= 16
                 sets[dose] = batches
         return sets
@@ -397,9 +399,9 @@ def selection_score(sets: list[dict[str, float]]) -> float:
 def _finish(config: TrainConfig, state: State, validation: Validation, world: int) -> None:
     """Best weights, thresholds and error bars tuned on the validation sets, model card."""
     model = build_network(state.model.config)
-    model.load_state_dict(state.best or {k: v.cpu() for k, v in state.ema.state_dict().items()})
+    model.load_state_dict(state.best or state.ema.state_dict())
     export_weights(
-        model,
+        model.to(next(state.ema.parameters()).device),
         validation,
         config.out / WEIGHTS_NAME,
         facts={
@@ -472,12 +474,15 @@ class _StopFlag:
 def _process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, processes, device): as torchrun says, else one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        if world > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        # batches differ in size, and what is kept for reuse would leave nothing to CUDA's own libraries
+        torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE)
     if world == 1:
         yield 0, 1, device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), world, device
@@ -496,6 +501,8 @@ def _agree(value: float, world: int, device: torch.device) -> float:
 
 def _training_source(config: TrainConfig, make_source: SourceFactory, size: int, n: int, seed: int) -> Source:
     """Batches of `n` training patterns, drawn in between or ahead."""
+    if config.draw_together:
+        return DrawnTogether(partial(make_source, "train", size, seed, None), n, config.draw_together)
     if not config.draw_processes:
         return make_source("train", size, seed, None)
     seeds = [seed + 500_009 * k for k in range(config.draw_processes)]

@@ -48,8 +48,12 @@ class TrainConfig(BaseModel):
     draw_processes: int = Field(
         0,
         ge=0,
-        description="processes that draw patterns ahead of the training; 0 = drawn in between. "
-        "On a GPU 1 or 2 keep it busy",
+        description="processes that draw patterns ahead of the training, for free cores; 0 = none",
+    )
+    draw_together: int = Field(
+        0,
+        ge=0,
+        description="batches that a thread draws at once, ahead of the training, for a GPU: 4; 0 = none",
     )
 
     steps: int | None = Field(None, ge=1, description="optimiser steps in all")
@@ -104,6 +108,15 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "stage 'disks' trains the second stage, but the network has none; "
                 "add network: {reader_width: 160}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_drawing(self) -> "TrainConfig":
+        if self.draw_processes and self.draw_together:
+            raise ValueError(
+                f"draw_processes: {self.draw_processes} and draw_together: {self.draw_together} exclude each "
+                "other; the first is for free cores, the second for a GPU"
             )
         return self
 

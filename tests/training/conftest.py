@@ -19,6 +19,9 @@ class ToyBatch(NamedTuple):
     def to(self, device: torch.device | str) -> "ToyBatch":
         return ToyBatch(*(t.to(device) for t in self))
 
+    def __getitem__(self, rows: slice) -> "ToyBatch":  # type: ignore[override]
+        return ToyBatch(*(t[rows] for t in tuple(self)))
+
 
 class ToySource:
     """Same interface as PatternSource; its state can be saved, so that training resumes bit for bit."""

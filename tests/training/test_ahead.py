@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from fcunet.training.ahead import DrawnAhead
+from fcunet.training.ahead import DrawnAhead, DrawnTogether
 
 
 class Counting:
@@ -55,6 +55,46 @@ def test_batch__passes_on_the_error_of_a_process():
         with pytest.raises(RuntimeError, match="failed") as caught:
             source.batch(2)
         assert "no such crystal" in str(caught.value.__cause__)
+    finally:
+        source.close()
+
+
+class Rows:
+    """Batches of rows numbered on and on."""
+
+    def __init__(self, fail_at: int | None = None):
+        self.next, self.fail_at, self.asked = 0, fail_at, []
+
+    def batch(self, n: int) -> torch.Tensor:
+        if self.next == self.fail_at:
+            raise ValueError("no such crystal")
+        self.asked.append(n)
+        self.next += n
+        return torch.arange(self.next - n, self.next)
+
+
+def test_drawn_together__hands_out_every_pattern_once_and_in_order():
+    rows = Rows()
+    source = DrawnTogether(lambda: rows, 3, 4)
+    try:
+        with pytest.raises(ValueError, match="batches of 3 patterns"):
+            source.batch(2)
+        drawn = [source.batch(3).tolist() for _ in range(9)]
+    finally:
+        source.close()
+    assert sum(drawn, []) == list(range(27))
+    assert set(rows.asked) == {12}
+    assert len(rows.asked) <= 5  # no more than may wait
+
+
+def test_drawn_together__passes_on_the_error_as_often_as_asked():
+    source = DrawnTogether(lambda: Rows(fail_at=4), 2, 2)
+    try:
+        assert [source.batch(2).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="failed") as caught:
+                source.batch(2)
+            assert "no such crystal" in str(caught.value.__cause__)
     finally:
         source.close()
 

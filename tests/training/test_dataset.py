@@ -148,6 +148,12 @@ def test_faint__brings_patterns_of_few_electrons(pool):
     assert float(batch.dose.min()) >= 300
 
 
+def test_bright__brings_patterns_of_many_electrons(pool):
+    batch = PatternSource("train", 64, seed=1, pool=pool, bright=0.5).batch(64)
+    assert 0.3 < float((batch.dose > 1e7).float().mean()) < 0.7
+    assert float(batch.dose.max()) <= 1e9
+
+
 def test_extend__takes_up_more_orientations(pool):
     source = PatternSource("train", 64, seed=0, pool=pool, pool_size=len(pool))
     source.extend(pool.last(3))

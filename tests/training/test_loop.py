@@ -131,7 +131,10 @@ def test_train_config__explains_what_is_wrong(tmp_path, text, match):
         TrainConfig.load(path)
 
 
-@pytest.mark.parametrize(("name", "stage"), [("train", "maps"), ("train_disks", "disks")])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("train", "maps"), ("train_disks", "disks"), ("train_gpu", "maps"), ("train_disks_gpu", "disks")],
+)
 def test_train_config__the_shipped_examples_load(name, stage):
     path = Path(__file__).parents[2] / f"workflows/configs/{name}.yaml"
     config = TrainConfig.load(path, budget_s=1.0, out=None)
@@ -197,6 +200,26 @@ def test_train__draws_patterns_ahead_in_other_processes(tmp_path, toy_source):
     folder = train(config, make_source=partial(_make_toy, toy_source))
     assert (folder / "model.safetensors").is_file()
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 7
+
+
+def test_train__draws_several_batches_at_once(tmp_path, toy_source):
+    config = TrainConfig(**TINY, out=tmp_path, steps=6, draw_together=2, large_every=3, large_size=128)
+    folder = train(config, make_source=partial(_make_toy, toy_source))
+    assert (folder / "model.safetensors").is_file()
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 7
+
+
+def test_settings__draw_in_one_way_only(tmp_path):
+    with pytest.raises(ValueError, match=r"draw_processes: 1 and draw_together: 4 exclude each"):
+        TrainConfig(**TINY, out=tmp_path, steps=1, draw_processes=1, draw_together=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drawing", [{}, {"draw_processes": 1}, {"draw_together": 2}])
+def test_train__on_a_gpu_ends_with_calibrated_weights(tmp_path, drawing):
+    options = TINY | {"device": "cuda", "precision": "bf16", "source": {"pool_size": 16, "start_size": 16}}
+    folder = train(TrainConfig(**options, **drawing, out=tmp_path, steps=4))
+    assert all(bool(torch.isfinite(t).all()) for t in load_file(folder / "model.safetensors").values())
 
 
 def _make_toy(toy_source, split, size, seed, dose):
