@@ -144,7 +144,8 @@ def _cpu_has_bf16() -> bool:
 def load_parts(model: Network, weights: str | os.PathLike[str]) -> list[str]:
     """Take over the tensors of `weights` that `model` has in the same shape; returns the names of the rest.
 
-    To train on from other weights, or a new part of a network beside trained ones.
+    To train on from other weights, or a new part of a network beside trained ones. Transformer layers of the
+    second stage beyond those of `weights` begin as identities, so that the network says what it said before.
 
     Raises
     ------
@@ -158,8 +159,13 @@ def load_parts(model: Network, weights: str | os.PathLike[str]) -> list[str]:
         raise ValueError(
             f"no tensor of the weights {str(weights)!r} fits this network: are they of another kind?"
         )
+    rest = sorted(set(own) - set(fitting))
+    if any(k.startswith("reader.blocks.") for k in fitting):
+        last = ("out.weight", "out.bias", "mlp.2.weight", "mlp.2.bias")
+        added = [k for k in rest if k.startswith("reader.blocks.") and k.endswith(last)]
+        fitting |= {k: torch.zeros_like(own[k]) for k in added}
     model.load_state_dict(own | fitting)
-    return sorted(set(own) - set(fitting))
+    return rest
 
 
 def save_weights(

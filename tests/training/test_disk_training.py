@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fcunet.nn.disks import DiskReading
-from fcunet.nn.model import AMPLITUDE_UNIT_V, disk_radius
-from fcunet.nn.weights import load_model
+from fcunet.nn.model import AMPLITUDE_UNIT_V, FCUNet, FCUNetConfig, disk_radius
+from fcunet.nn.weights import load_model, load_parts, save_weights
 from fcunet.training.disks import disk_losses, propose, strain_losses
 from fcunet.training.loop import train
 from fcunet.training.settings import TrainConfig
@@ -161,6 +161,19 @@ def test_train__the_second_stage_leaves_the_maps_as_they_are(tmp_path, toy_sourc
     assert maps
     assert all(torch.equal(after[k], before[k]) for k in maps)
     assert any(k.startswith("reader.") for k in after)
+
+
+def test_load_parts__more_layers_begin_as_identities(tmp_path, batch):
+    options = NETWORK | READER
+    shallow, deep = (FCUNet(FCUNetConfig.from_dict(options | {"reader_layers": k})).eval() for k in (1, 3))
+    save_weights(tmp_path, shallow, card="")
+    rest = load_parts(deep, tmp_path)
+    assert rest
+    assert all(k.startswith(("reader.blocks.1.", "reader.blocks.2.")) for k in rest)
+    y, x = propose(batch).position.unbind(-1)
+    before, after = (net.read_disks(batch.pattern, batch.probe, y, x, binning=1) for net in (shallow, deep))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(b, a, equal_nan=True)
 
 
 def test_train_config__the_second_stage_needs_a_network_that_has_one():
