@@ -249,12 +249,15 @@ def test_preview__suggests_a_threshold_when_noise_is_found(scan):
 
 
 def test_preview__recorded_pattern_has_one_lattice_without_a_parameter(test_data):
-    # 21 clear disks on 29.9 and 50.3 px at 89.04 degrees, found independently by two other programs
+    # 21 clear disks on 29.9 and 50.3 px at 89.04 degrees, found independently by two other programs, both by
+    # correlation, whose vectors are some 0.5 % too short where disks are uneven (docs/concepts.md)
     dm = pytest.importorskip("rsciio.digitalmicrograph")
     pattern = dm.file_reader(str(test_data / "nbed" / "dd020.dm3"))[0]["data"]
     scan = xr.Dataset({"intensity": (("scan_y", "scan_x", "qy", "qx"), pattern[None, None])})
     for method in ("fcunet", "correlation"):
         facts = preview(scan, config=Config.load(method=method))
-        assert facts["lengths_px"] == pytest.approx([29.9, 50.3], rel=0.005)
+        assert facts["lengths_px"] == pytest.approx([29.9, 50.3], rel={"fcunet": 0.007}.get(method, 0.005))
+        if method == "fcunet":
+            assert facts["lengths_px"][1] / facts["lengths_px"][0] == pytest.approx(50.3 / 29.9, rel=0.003)
         assert facts["angle_degree"] == pytest.approx(89.04, abs=0.3)
         assert facts["n_indexed"][0] >= 21
