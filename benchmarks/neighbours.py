@@ -3,7 +3,8 @@
     python -m benchmarks.neighbours  # some ten minutes on one core
 
 A scan is bent by some mrad and wedged by some percent: its reference is a neighbour, not the truth.
-Crystals of the validation prototypes are scattered at a place and a few mrad or percent of the thickness away
+Crystals of the validation prototypes (``--split train``: those on which `_ALIKE_UNSIGNED` of
+`fcunet.kernels.strain` was chosen) are scattered at a place and a few mrad or percent of the thickness away
 from it, and drawn on the same detector; the strain that each pattern shows is compared with the median of the
 near ones. Most of the dilation that the disks of a pattern share is the same in both
 (`fcunet.kernels.strain.shared_dilation_left`). Writes ``benchmarks/results/neighbours.md``.
@@ -27,7 +28,7 @@ from fcunet.training.dataset import PatternSource, Pool, TrainingBatch, training
 from fcunet.training.evaluate import affine_error, match_peaks, network_detector
 from fcunet.training.orientations import draw_orientation, pack_orientations
 
-from .shared_dilation import THICKNESSES, finder_of, join
+from .shared_dilation import THICKNESSES, correlate
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DOSES = (1e4, 1e5, 1e7)
@@ -46,9 +47,9 @@ class Reading(NamedTuple):
     signed: np.ndarray  # (n,) the part of it with a known sign
 
 
-def neighbourhoods(n: int, low_nm: float, high_nm: float, seed: int) -> Pool:
+def neighbourhoods(n: int, low_nm: float, high_nm: float, seed: int, split: str = "validation") -> Pool:
     """Crystals and their neighbours, (tilt, factor) along the axis of the thicknesses."""
-    rng, crystals, pools = np.random.default_rng(seed), training_crystals("validation"), []
+    rng, crystals, pools = np.random.default_rng(seed), training_crystals(split), []
     while len(pools) < n:
         crystal: Crystal = crystals[rng.integers(len(crystals))]
         factors = StructureFactors(crystal, g_max=4.8, absorption=rng.uniform(0.0, 0.12))
@@ -90,12 +91,6 @@ def read(peaks: Peaks, batch: TrainingBatch) -> Reading:
     return Reading(error.numpy(), fit.std.numpy(), peaks.dilation_std.numpy(), peaks.dilation.numpy())
 
 
-def correlate(batch: TrainingBatch) -> Peaks:
-    """Correlation, each pattern by its own probe."""
-    pairs = zip(batch.pattern, batch.probe, strict=True)
-    return join([finder_of(probe)(pattern[None]) for pattern, probe in pairs])
-
-
 def shares(readings: list[Reading]) -> dict[str, Any]:
     """How many differences from the near neighbours one and two error bars hold, and sizes in 1e-3."""
     error, std, shared, signed = (
@@ -127,6 +122,7 @@ def shares(readings: list[Reading]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--crystals", type=int, default=48, help="of each thickness")
+    parser.add_argument("--split", choices=("validation", "train"), default="validation", help="crystals")
     parser.add_argument("--out", type=Path, default=RESULTS / "neighbours.md")
     options = parser.parse_args()
     if options.crystals < 1:
@@ -138,19 +134,19 @@ def main() -> None:
     text = [
         "# Strain against a neighbour in the same crystal, and its error bar",
         "",
-        f"`python -m benchmarks.neighbours`, weights {weights}, {options.crystals} crystals of validation",
-        "prototypes per thickness. Near: at most 2 mrad and 3 % of the thickness from a place; far: 4 mrad,",
-        "or 10 %. Differences of e_xx and e_yy from the median of the near ones: size, error bar without a",
-        "shared dilation, what is left of that (medians, 1e-3); shares within one and two error bars without",
-        "it and with it (68.3 and 95.4 % are wanted). Absolute: size of the error, and shares with the whole",
-        "dilation.",
+        f"`python -m benchmarks.neighbours`, weights {weights}, {options.crystals} crystals of",
+        f"{options.split} prototypes per thickness. Near: at most 2 mrad and 3 % of the thickness from a",
+        "place; far: 4 mrad, or 10 %. Differences of e_xx and e_yy from the median of the near ones:",
+        "size, error bar without a shared dilation, what is left of that (medians, 1e-3); shares within one",
+        "and two error bars without it and with it (68.3 and 95.4 % are wanted). Absolute: size of the",
+        "error, and shares with the whole dilation.",
         "",
         "| method | disks | electrons | crystals | absolute | within | "
         "from | difference | bar | left | without | with |",
         "|---" * 12 + "|",
     ]
     for kind, (low, high) in THICKNESSES.items():
-        pool = neighbourhoods(options.crystals, max(low, 3.0), min(high, 120.0), seed=len(kind))
+        pool = neighbourhoods(options.crystals, max(low, 3.0), min(high, 120.0), len(kind), options.split)
         for electrons in DOSES:
             batches = [draw(pool, state, electrons) for state in range(len(NEAR))]
             for method, find in detectors.items():

@@ -32,7 +32,7 @@ from fcunet.training.pool import fill_pool
 RESULTS = Path(__file__).resolve().parent / "results"
 DOSES = (1e3, 1e4, 1e5, 1e6, 1e7)
 THICKNESSES = {"thin": (0.0, 12.0), "middling": (12.0, 45.0), "thick": (45.0, 200.0)}  # nm
-ORIENTATIONS = {"train": 256, "validation": 128}
+ORIENTATIONS = {"train": 256, "validation": 128, "test": 256}
 RADIAL = np.arange(0.0, 3.05, 0.1).round(2)
 TEXTURE = np.arange(0.0, 0.37, 0.02).round(2)
 DISKS = ((0, 12), (12, 25), (25, 50), (50, 1000))  # of a pattern, for the fit
@@ -92,6 +92,12 @@ def finder_of(probe: Tensor, transform: str = "log") -> DiskFinder:
 def join(found: list[Peaks]) -> Peaks:
     """Peaks of one batch after the other."""
     return Peaks(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def correlate(batch: TrainingBatch) -> Peaks:
+    """Peaks by correlation with the defaults of a run, each pattern by its own probe."""
+    pairs = zip(batch.pattern, batch.probe, strict=True)
+    return join([finder_of(probe)(pattern[None]) for pattern, probe in pairs])
 
 
 def search(batch: TrainingBatch, transform: str) -> tuple[Peaks, Tensor]:
@@ -207,7 +213,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as empty:
         folder = options.pool or Path(empty)
-        pools = {split: orientations(folder, split) for split in ORIENTATIONS}
+        pools = {split: orientations(folder, split) for split in ("train", "validation")}
         for transform in options.transforms:
             packaged = DILATION_SCALES[transform]
             fitted = fit_scales(list(crystals(pools["train"], "train", options.patterns, transform)))
