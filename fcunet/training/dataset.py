@@ -32,6 +32,7 @@ __all__ = [
 
 # rings, open share, bars
 _BULLSEYES = ((1, 0.5, 0), (2, 0.5, 0), (2, 0.6, 2), (3, 0.5, 2), (4, 0.5, 0))
+_FFT_PLANS = 64  # kept on a GPU, the most recent ones
 _SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -155,6 +156,9 @@ class PatternSource:
         self.crystals = training_crystals(split)
         self.size = size
         self.device = torch.device(device)
+        if self.device.type == "cuda":  # parts of a batch differ in size: plans for each fill the memory
+            place = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.backends.cuda.cufft_plan_cache[place].max_size = _FFT_PLANS
         self.pool_size = pool_size
         self.refresh = refresh
         self.dose = dose
