@@ -477,7 +477,8 @@ def _process_group(device: torch.device) -> Iterator[tuple[int, int, torch.devic
     if device.type == "cuda":
         if world > 1:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         # batches differ in size, and what is kept for reuse would leave nothing to CUDA's own libraries
         torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE)
     if world == 1:
