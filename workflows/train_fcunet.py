@@ -14,7 +14,7 @@ import logging
 
 from fcunet.nn.weights import resolve_weights
 from fcunet.training.loop import recalibrate, train
-from fcunet.training.pool import fill_pool
+from fcunet.training.pool import check_pool, fill_pool
 from fcunet.training.settings import TrainConfig
 
 
@@ -34,6 +34,10 @@ def main() -> None:
         config = TrainConfig.load(arguments.config, out=arguments.out)
         if arguments.calibrate:
             resolve_weights(arguments.calibrate)
+        if config.pool is not None and not arguments.scatter:
+            check_pool(
+                config.pool, splits=("validation",) if arguments.calibrate else ("train", "validation")
+            )
     except (FileNotFoundError, ValueError) as err:
         parser.error(str(err))
     if arguments.scatter:

@@ -28,6 +28,7 @@ from .disks import DiskLossConfig, DiskStage, disk_losses, propose
 from .evaluate import Batch, evaluate, network_detector
 from .log import Moment, ProgressLine, TrainingLog
 from .losses import LossConfig, Losses, compute_losses, image_losses
+from .pool import check_pool
 from .settings import TrainConfig
 
 __all__ = ["TrainConfig", "Validation", "export_weights", "recalibrate", "train"]
@@ -97,7 +98,11 @@ def train(
     ------
     ValueError
         If the folder holds a training with another network.
+    FileNotFoundError
+        If the pool lacks patterns to train or to validate with.
     """
+    if make_source is None and config.pool is not None:
+        check_pool(config.pool)
     with _process_group(pick_device(config.device)) as (rank, world, device):
         make_source = make_source or partial(_pattern_source, config, device)
         return _train(config, make_source, rank, world, device, progress)

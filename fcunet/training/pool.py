@@ -33,6 +33,26 @@ def fill_pool(folder: str | Path, n: int, *, split: str = "train", part: int = 1
             save_pool(make_orientations(crystals, min(part, n - k * part), rng), path)
 
 
+def check_pool(folder: str | Path, *, splits: tuple[str, ...] = ("train", "validation")) -> None:
+    """See that a folder to train from has all splits; a library (``NAME.zarr``) sees to that itself.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a split is missing, which would show only when it is drawn from; with the command that fills it.
+    """
+    folder = Path(folder)
+    if folder.suffix == ".zarr":
+        return
+    for split in splits:
+        if not any(folder.glob(f"{split}-*.npz")):
+            command = "--scatter 4000" if split == "train" else f"--scatter 128 --split {split}"
+            raise FileNotFoundError(
+                f"the pool {os.fspath(folder)} holds no orientations of the {split!r} split; "
+                f"scatter some: python workflows/train_fcunet.py SETTINGS.yaml {command}"
+            )
+
+
 class FolderSource:
     """Training batches from the pools of a folder; files that appear are taken up as training goes on.
 

@@ -214,6 +214,16 @@ def test_settings__draw_in_one_way_only(tmp_path):
         TrainConfig(**TINY, out=tmp_path, steps=1, draw_processes=1, draw_together=4)
 
 
+def test_train__sees_before_it_begins_that_the_pool_lacks_a_split(tmp_path):
+    config = TrainConfig(**TINY, out=tmp_path / "out", pool=tmp_path, steps=1)
+    with pytest.raises(FileNotFoundError, match=r"no orientations of the 'train' split.*--scatter 4000"):
+        train(config)
+    (tmp_path / "train-0000-00000.npz").touch()
+    with pytest.raises(FileNotFoundError, match="--scatter 128 --split validation"):
+        train(config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("drawing", [{}, {"draw_processes": 1}, {"draw_together": 2}])
 def test_train__on_a_gpu_ends_with_calibrated_weights(tmp_path, drawing):
