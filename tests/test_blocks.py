@@ -168,10 +168,9 @@ def test_process_block__on_a_gpu_does_not_depend_on_what_is_sent_ahead(monkeypat
     ahead = process_block(chunk, config, calibration)
     monkeypatch.setattr(blocks, "_STAGED", set())
     at_once = process_block(chunk, config, calibration)
-    for (
-        name
-    ) in ahead:  # a GPU may round otherwise, in the last bit, where patterns lie elsewhere in its memory
-        np.testing.assert_allclose(at_once[name], ahead[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    assert_same(at_once, ahead, ahead.keys() - {"peak_sigma"})
+    # the last bit of a sum over the pixels of a disk depends on where a pattern lies in the memory of a GPU
+    np.testing.assert_allclose(at_once["peak_sigma"], ahead["peak_sigma"], rtol=2e-7)
 
 
 def test_staging__keeps_a_batch_apart_from_those_sent_after_it():
