@@ -45,12 +45,17 @@ def check_pool(folder: str | Path, *, splits: tuple[str, ...] = ("train", "valid
     if folder.suffix == ".zarr":
         return
     for split in splits:
-        if not any(folder.glob(f"{split}-*.npz")):
+        if not _finished(folder, split):
             command = "--scatter 4000" if split == "train" else f"--scatter 128 --split {split}"
             raise FileNotFoundError(
                 f"the pool {os.fspath(folder)} holds no orientations of the {split!r} split; "
                 f"scatter some: python workflows/train_fcunet.py SETTINGS.yaml {command}"
             )
+
+
+def _finished(folder: Path, split: str) -> list[Path]:
+    """Files of a pool that no process is still writing."""
+    return [p for p in sorted(folder.glob(f"{split}-*.npz")) if ".partial" not in p.name]
 
 
 class FolderSource:
@@ -82,16 +87,11 @@ class FolderSource:
         every: int = 200,
         **options: object,
     ):
+        check_pool(folder, splits=(split,))
         self.folder, self.split, self.every = Path(folder), split, every
         self._batches = 0
         self._seen: set[str] = set()
-        pools = self._look()
-        if not pools:
-            raise FileNotFoundError(
-                f"{os.fspath(folder)} holds no pool of the {split!r} split; "
-                "fill it with fcunet.training.pool.fill_pool"
-            )
-        first = Pool.concatenate(pools)
+        first = Pool.concatenate(self._look())
         self._source = PatternSource(split, size, device, seed, pool=first, **options)  # type: ignore[arg-type]
 
     def batch(self, n: int) -> TrainingBatch:
@@ -104,7 +104,6 @@ class FolderSource:
 
     def _look(self) -> list[Pool]:
         """Read the files not seen yet."""
-        new = [p for p in sorted(self.folder.glob(f"{self.split}-*.npz")) if p.name not in self._seen]
-        new = [p for p in new if ".partial" not in p.name]
+        new = [p for p in _finished(self.folder, self.split) if p.name not in self._seen]
         self._seen.update(p.name for p in new)
         return [load_pool(p) for p in new]
