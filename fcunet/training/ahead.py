@@ -15,6 +15,8 @@ from .evaluate import Batch
 
 _PATIENCE_S = 1.0  # between looks whether the other side is still alive
 _MOST_LOST = 5  # batches in a row
+# what receiving a tensor through the memory of another process may end in, by how far it has come
+_NOT_HANDED_OVER = (OSError, EOFError, RuntimeError, multiprocessing.AuthenticationError)
 
 
 class DrawnAhead:
@@ -51,6 +53,8 @@ class DrawnAhead:
         ------
         RuntimeError
             If a process failed; with its error.
+        Exception
+            If five batches in a row could not be received.
         """
         if n != self.n:
             raise ValueError(f"batches of {self.n} patterns are drawn ahead, asked for were {n}")
@@ -58,7 +62,7 @@ class DrawnAhead:
         while True:
             try:
                 item = self._queue.get(timeout=_PATIENCE_S)
-            except OSError:  # its memory could not be handed over: the next one will do
+            except _NOT_HANDED_OVER:  # the next one will do
                 lost += 1
                 if lost == _MOST_LOST:
                     raise

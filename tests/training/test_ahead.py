@@ -59,6 +59,51 @@ def test_batch__passes_on_the_error_of_a_process():
         source.close()
 
 
+class Lost:
+    """A batch whose memory cannot be handed over."""
+
+    def __init__(self, error: type[Exception]):
+        self.error = error
+
+    def __reduce__(self):
+        return _raise, (self.error,)
+
+
+def _raise(error: type[Exception]):
+    raise error("not handed over")
+
+
+class Losing(Counting):
+    """Loses the first `lost` batches."""
+
+    def __init__(self, error: type[Exception], lost: int):
+        super().__init__(0)
+        self.error, self.lost = error, lost
+
+    def batch(self, n: int):
+        drawn = super().batch(n)
+        return Lost(self.error) if drawn[0] < self.lost else drawn
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError, EOFError, RuntimeError])
+def test_batch__goes_on_with_the_next_one_where_some_are_lost(error):
+    source = DrawnAhead([partial(Losing, error, 3)], 2)
+    try:
+        assert [int(source.batch(2)[0]) for _ in range(2)] == [3, 4]
+    finally:
+        source.close()
+
+
+@pytest.mark.slow
+def test_batch__gives_up_when_all_are_lost():
+    source = DrawnAhead([partial(Losing, EOFError, 100)], 2)
+    try:
+        with pytest.raises(EOFError, match="not handed over"):
+            source.batch(2)
+    finally:
+        source.close()
+
+
 class Rows:
     """Batches of rows numbered on and on."""
 
