@@ -9,7 +9,7 @@ n counts patterns, P disks per pattern (padded), D all disks of the batch, C cha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ _POSITION_STEP = 0.25  # radii: what attention knows of positions is rounded to 
 _WAVELENGTHS = (3.0, 200.0)  # radii: shortest and longest of the rotary position code
 _GROUP = 128  # disks that go through a layer together
 _SIGMA_RANGE = (-6.5, -0.3)  # natural log of radii: 0.0015 to 0.74
+CURVE_OCTAVES = (-8.5, -7.5, -6.5, -5.5, -4.5, -3.5)  # log2 of radii: where `straighten` has its factors
+CURVE_COUNTS = (12, 64)  # and for how many disks
 _DILATION_RANGE = (-11.0, -4.5)  # natural log of a strain: 1.7e-5 to 1.1e-2
 
 
@@ -351,6 +353,35 @@ class DiskReader(nn.Module):
             out[..., 3],
             torch.where(present.any(1), within(_DILATION_RANGE, dilation), _DILATION_RANGE[1]),
         )
+
+
+def straighten(log_sigma: Tensor, count: Tensor, curve: Sequence[Sequence[float]]) -> Tensor:
+    """Standard deviations that hold what they say on held-out patterns, whatever their size.
+
+    Parameters
+    ----------
+    log_sigma : Tensor, shape (n, P)
+        Natural log of radii.
+    count : Tensor, shape (n,)
+        Disks of each pattern.
+    curve : two sequences of 6 floats
+        Factors at 2^-8.5, 2^-7.5 ... 2^-3.5 radii, of patterns with 12 disks and with 64. Between all these
+        the logarithm of the factor is linear in that of sigma and of the count, beyond them constant. Empty:
+        all are 1.
+
+    Returns
+    -------
+    Tensor, shape (n, P)
+        Natural log of radii.
+    """
+    if not curve:
+        return log_sigma
+    factors = log_sigma.new_tensor(curve).log()  # (2, 6)
+    place = (log_sigma / math.log(2) - CURVE_OCTAVES[0]).clamp(0, len(CURVE_OCTAVES) - 1)
+    left = place.long().clamp(max=len(CURVE_OCTAVES) - 2)
+    share = (count / CURVE_COUNTS[0]).clamp_min(1).log() / math.log(CURVE_COUNTS[1] / CURVE_COUNTS[0])
+    few, many = torch.lerp(factors[:, left], factors[:, left + 1], place - left)  # (n, P) each
+    return log_sigma + torch.lerp(few, many, share.clamp(max=1)[:, None])
 
 
 def within(bounds: tuple[float, float], value: Tensor) -> Tensor:

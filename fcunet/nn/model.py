@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .disks import DiskReader, DiskReading, within
+from .disks import DiskReader, DiskReading, straighten, within
 from .layers import ProbeFilters, ReLU, TokenAttention
 
 AMPLITUDE_UNIT_V = 4.0  # the amplitude head predicts sqrt(|V_g| / 4 V): numbers of order one
@@ -53,6 +53,8 @@ class FCUNetConfig:
         Smallest height of the Bragg map that is a peak: 0 to 1, for the published networks in units of 4 V.
     sigma_scale, sigma_floor_px : float
         Calibration of the position error on held-out prototypes: ``sqrt((scale sigma)^2 + floor^2)``.
+    sigma_curve : tuple of 2 tuples of float, or ()
+        Factors that the second stage's sigma gets before that, see :func:`fcunet.nn.disks.straighten`.
     dilation_scale, dilation_floor : float
         The same for the standard deviation of the dilation that all positions of a pattern share beside their
         own errors, a strain.
@@ -76,6 +78,7 @@ class FCUNetConfig:
     threshold: float = 0.3
     sigma_scale: float = 1.0
     sigma_floor_px: float = 0.0
+    sigma_curve: tuple[tuple[float, ...], ...] = ()
     dilation_scale: float = 1.0
     dilation_floor: float = 0.0
 
@@ -102,12 +105,16 @@ class FCUNetConfig:
                     else ": was it written by a newer fcunet? Then upgrade"
                 )
                 raise ValueError(f"unknown key {key!r} in the configuration of a network{hint}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return cls(**{key: _as_tuples(value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, as JSON and YAML have them, as tuples."""
+    return tuple(_as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 class NetworkOutput(NamedTuple):
@@ -417,7 +424,9 @@ class FCUNet(Network):
             bf16=self.precision == "bf16",
         )
         scale = radius[:, None].expand(len(y), 1)  # (n, 1) detector px per radius
-        log_sigma = self.calibrated_log_sigma(found.log_sigma.exp() * scale / b, b)
+        count = torch.isfinite(y).sum(1)
+        sigma = straighten(found.log_sigma, count, self.config.sigma_curve).exp()
+        log_sigma = self.calibrated_log_sigma(sigma * scale / b, b)
         dilation = self.config.dilation_scale * found.log_dilation_std.exp()
         dilation = torch.hypot(dilation, torch.as_tensor(self.config.dilation_floor).to(dilation))
         return DiskReading(

@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..nn.disks import CURVE_COUNTS, CURVE_OCTAVES
 from ..nn.model import Network, disk_radius
 from ..nn.published import build_network
 from .evaluate import Batch, Detector, affine_error, evaluate, match_peaks, network_detector
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+_FEWEST = 50  # disks of one size, from which their errors are judged
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 DILATION_SCALES = (0.0, *(round(0.25 * 1.15**k, 3) for k in range(25)))
 DILATION_FLOORS = tuple(round(5e-5 * k, 6) for k in range(21))
@@ -20,35 +22,86 @@ def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
     """A copy of `model` (eval mode) with threshold and position errors tuned on `sets` (dose -> batches).
 
     The threshold maximises the mean over doses of F2, of recall and precision at 1 px, where recall counts
-    more: a lattice fit leaves out false peaks, and cannot invent those that are missing. The
-    position error becomes ``sqrt((scale sigma)^2 + floor^2)``, with the pair that brings the coverage of 1
-    and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square; the shared dilation is treated
-    likewise, for e_xx and e_yy of a lattice fit.
+    more: a lattice fit leaves out false peaks, and cannot invent those that are missing. The position error
+    of the second stage is first straightened (:func:`fit_curve`): small ones are smaller, and large ones
+    larger, than it says. It becomes ``sqrt((scale sigma)^2 + floor^2)`` then, with the pair that brings the
+    coverage of 1 and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square (no floor where it
+    was straightened: that would bend it again); the shared dilation is treated likewise, for e_xx and e_yy of
+    a lattice fit.
     """
-    model = _with(model, sigma_scale=1.0, sigma_floor_px=0.0, dilation_scale=1.0, dilation_floor=0.0)
+    model = _with(
+        model,
+        sigma_curve=(),
+        sigma_scale=1.0,
+        sigma_floor_px=0.0,
+        dilation_scale=1.0,
+        dilation_floor=0.0,
+    )
 
     def f2(threshold: float) -> float:
         detector = network_detector(model, threshold=threshold)
         return sum(_f2(evaluate(detector, batches)) for batches in sets.values())
 
     threshold = max(THRESHOLDS, key=f2)
-    detector = network_detector(model, threshold=threshold)
-    pairs = [_errors(detector, batches) for batches in sets.values()]
-    scale, floor = fit_sigma([p for p in pairs if len(p[0])])
-    model = _with(model, threshold=threshold, sigma_scale=scale, sigma_floor_px=floor)
+    model = _with(model, threshold=threshold)
+    found = [_errors(network_detector(model), batches) for batches in sets.values()]
+    if model.config.reader_width:
+        curve = fit_curve([(e / radius[:, None], s / radius, count) for e, s, radius, count in found])
+        model = _with(model, sigma_curve=curve)
+        found = [_errors(network_detector(model), batches) for batches in sets.values()]
+    floors = (0.0,) if model.config.sigma_curve else FLOORS_PX
+    scale, floor = fit_sigma([(error, sigma) for error, sigma, *_ in found if len(error)], floors)
+    model = _with(model, sigma_scale=scale, sigma_floor_px=floor)
     detector = network_detector(model)
     strains = [_strains(detector, batches) for batches in sets.values()]
     scale, floor = fit_dilation([s for s in strains if len(s[0])])
     return _with(model, dilation_scale=scale, dilation_floor=floor)
 
 
-def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def fit_curve(sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[tuple[float, ...], ...]:
+    """Factors for standard deviations of the second stage, by their size and by the number of disks.
+
+    Parameters
+    ----------
+    sets : list of (Tensor (k, 2), Tensor (k,), Tensor (k,))
+        Position errors and predicted sigma, both in disk radii, and how many disks the pattern has; one
+        triple per set, all sets count alike.
+
+    Returns
+    -------
+    tuple of 2 tuples of float
+        For :func:`fcunet.nn.disks.straighten`, few disks first: in each octave the size of the errors, in
+        units of sigma, that 68.3 % stay below, mean over the sets that have enough of them; where none has,
+        that of the nearest octave. Empty if there is nothing to fit.
+    """
+    between = (CURVE_COUNTS[0] * CURVE_COUNTS[1]) ** 0.5
+    rows = []
+    for many in (False, True):
+        factors: dict[int, float] = {}
+        for i in range(len(CURVE_OCTAVES)):
+            sizes = []
+            for error, sigma, count in sets:
+                octave = (sigma.log2() - CURVE_OCTAVES[0]).round().clamp(0, len(CURVE_OCTAVES) - 1)
+                here = (octave == i) & ((count >= between) == many)
+                if int(here.sum()) >= _FEWEST:
+                    sizes.append(float((error[here].abs() / sigma[here, None]).quantile(0.6827)))
+            if sizes:
+                factors[i] = round(sum(sizes) / len(sizes), 3)
+        if factors:
+            near = (min(factors, key=lambda j: abs(j - i)) for i in range(len(CURVE_OCTAVES)))
+            rows.append(tuple(factors[i] for i in near))
+    return (rows[0], rows[-1]) if rows else ()
+
+
+def fit_sigma(pairs: list[tuple[Tensor, Tensor]], floors: Sequence[float] = FLOORS_PX) -> tuple[float, float]:
     """Scale and floor of predicted standard deviations.
 
     Parameters
     ----------
     pairs : list of (Tensor (k, 2), Tensor (k,))
         Position errors and predicted sigma, px; one pair per set, all sets count alike.
+    floors : sequence of float
+        Floors to choose from, px.
 
     Returns
     -------
@@ -56,7 +109,7 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         1 and 0 if there is nothing to fit.
     """
     best, answer = float("inf"), (1.0, 0.0)
-    for floor in FLOORS_PX:
+    for floor in floors:
         for scale in torch.logspace(-0.7, 0.7, 57).tolist():  # 5 % steps
             cost = 0.0
             for error, sigma in pairs:
@@ -104,15 +157,21 @@ def _f2(figures: Mapping[str, float]) -> float:
     return 5 * recall * precision / max(recall + 4 * precision, 1e-9)
 
 
-def _errors(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Position errors (k, 2) and predicted sigma (k,) of the spots found."""
-    errors, sigmas = [], []
+def _errors(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Position errors (k, 2), predicted sigma (k,) and disk radius (k,) of the spots found, px.
+
+    The last are the numbers (k,) of peaks of their patterns.
+    """
+    errors, sigmas, radii, counts = [], [], [], []
     for batch in batches:
-        matches = match_peaks(detector(batch), batch, margin_px=float(disk_radius(batch.probe).max()))
+        radius = disk_radius(batch.probe)
+        matches = match_peaks(detector(batch), batch, margin_px=float(radius.max()))
         keep = matches.found & matches.wanted
         errors.append(matches.error[keep])
         sigmas.append(matches.sigma[keep])
-    return torch.cat(errors), torch.cat(sigmas)
+        radii.append(radius[:, None].expand(keep.shape)[keep])
+        counts.append(matches.n_peaks[:, None].expand(keep.shape)[keep])
+    return torch.cat(errors), torch.cat(sigmas), torch.cat(radii), torch.cat(counts)
 
 
 def _strains(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +188,7 @@ def _strains(detector: Detector, batches: Iterable[Batch]) -> tuple[Tensor, Tens
     return error[known], std[known], torch.cat(shared)[known]
 
 
-def _with(model: Network, **changes: float) -> Network:
+def _with(model: Network, **changes: float | tuple[tuple[float, ...], ...]) -> Network:
     """The same network with other thresholds."""
     copy = build_network(replace(model.config, **changes))  # type: ignore[arg-type]
     copy.load_state_dict(model.state_dict())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..nn.disks import CURVE_COUNTS
 from ..nn.model import Network
 
 
@@ -40,6 +41,12 @@ def model_card(
         f"# Weights `{name}`",
         "",
         f"Network `{config.kind}`, {n_parameters:,} parameters; threshold {config.threshold:g};",
+        *(
+            f"sigma of disks of 2^-8.5, 2^-7.5 ... 2^-3.5 radii in patterns with {count} disks times "
+            + ", ".join(f"{factor:.3g}" for factor in row)
+            + ";"
+            for count, row in zip(CURVE_COUNTS, config.sigma_curve, strict=False)
+        ),
         f"peak sigma = sqrt(({config.sigma_scale:.3g} sigma)^2 + ({config.sigma_floor_px:.3g} px)^2);",
         f"dilation shared by the positions of a pattern: sqrt(({config.dilation_scale:.3g} std)^2",
         f"+ ({config.dilation_floor:.2g})^2).",

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 
 import pytest
@@ -6,8 +8,18 @@ import torch
 from fcunet.kernels.peaks import Peaks
 from fcunet.nn.decode import decode
 from fcunet.nn.detect import detect, structure_factor_image
-from fcunet.nn.disks import CELLS, HALF_WIDTH, DiskReader, cut_disks, in_groups, rotary_code
-from fcunet.nn.model import FCUNet, FCUNetConfig, brightness
+from fcunet.nn.disks import (
+    CELLS,
+    CURVE_COUNTS,
+    CURVE_OCTAVES,
+    HALF_WIDTH,
+    DiskReader,
+    cut_disks,
+    in_groups,
+    rotary_code,
+    straighten,
+)
+from fcunet.nn.model import FCUNet, FCUNetConfig, brightness, disk_radius
 
 
 def disks(positions, radius, shape=(96, 96), heights=None):
@@ -171,6 +183,32 @@ def test_read_disks__works_on_binned_frames_in_detector_pixels(network):
     b = network.read_disks(large, large_probe, 3 * y + 1, 3 * x + 1, binning=3)
     torch.testing.assert_close(b.offset, 3 * a.offset, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(b.log_sigma, a.log_sigma + math.log(3), rtol=1e-4, atol=1e-4)
+
+
+def test_straighten__has_its_factors_where_it_says():
+    few, many = (0.5, 0.7, 0.9, 1.0, 1.1, 1.2), (0.5, 0.7, 0.9, 1.0, 1.1, 4.8)
+    octaves = torch.tensor([*CURVE_OCTAVES, -20.0, 2.0, -8.0]).expand(5, -1)
+    counts = torch.tensor([3, CURVE_COUNTS[0], CURVE_COUNTS[1], 500, 27.713])
+    factors = (straighten(octaves * math.log(2), counts, (few, many)) - octaves * math.log(2)).exp()
+    for row, last in zip(factors, (1.2, 1.2, 4.8, 4.8, 2.4), strict=True):
+        expected = torch.tensor([*few[:5], last, 0.5, last, math.sqrt(0.5 * 0.7)])
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=0)
+    assert straighten(octaves, counts, ()) is octaves
+
+
+def test_read_disks__straightens_its_sigma_in_radii(network):
+    config = dataclasses.replace(network.config, sigma_curve=((1.0, 1.0, 1.0, 1.0, 2.0, 3.0),) * 2)
+    straight = FCUNet(config).eval().requires_grad_(False)
+    straight.load_state_dict(network.state_dict())
+    assert FCUNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    x, probe = disks(POSITIONS, 6.0), disks([(48, 48)], 6.0)[0]
+    y = as_slots(POSITIONS, 6)
+    before, after = (n.read_disks(x, probe, *y) for n in (network, straight))
+    radius = disk_radius(probe[None])[0]
+    expected = straighten(before.log_sigma - radius.log(), torch.tensor([4]), config.sigma_curve)
+    torch.testing.assert_close(after.log_sigma, expected + radius.log())
+    assert float((after.log_sigma - before.log_sigma)[:, :4].min()) > 0.1
+    torch.testing.assert_close(after.offset, before.offset)
 
 
 def test_structure_factor_image__spots_have_their_height_and_place():

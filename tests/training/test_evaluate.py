@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fcunet.kernels.peaks import Peaks
-from fcunet.nn.disks import DiskReading
+from fcunet.nn.disks import CURVE_OCTAVES, DiskReading, straighten
 from fcunet.nn.weights import load_model
-from fcunet.training.calibration import fit_dilation, fit_sigma
+from fcunet.training.calibration import fit_curve, fit_dilation, fit_sigma
 from fcunet.training.evaluate import affine_error, evaluate, match_peaks, surviving_dilation
 
 
@@ -94,6 +94,36 @@ def test_fit_dilation__finds_what_is_shared():
     assert scale == pytest.approx(0.5, rel=0.1)  # its grid has steps of 15 %
     assert floor == pytest.approx(3e-4, abs=6e-5)  # and of 5e-5
     assert fit_dilation([]) == (1.0, 0.0)
+
+
+def test_fit_curve__straightens_what_depends_on_size_and_number():
+    generator = torch.Generator().manual_seed(2)
+    sets, bent = [], {12: 1.3, 64: 1.0}
+    for low, high in ((-9.0, -5.0), (-7.0, -3.5)):
+        true = 2 ** (low + (high - low) * torch.rand(80_000, generator=generator))
+        error = true[:, None] * torch.randn(80_000, 2, generator=generator)
+        count = torch.tensor([12, 64]).repeat(40_000)
+        power = torch.where(count == 12, 1 / bent[12], 1 / bent[64])
+        sets.append((error, (true / 2**-6) ** power * 2**-6, count))  # small ones of few said too large
+    curve = fit_curve(sets)
+    assert [len(row) for row in curve] == [len(CURVE_OCTAVES)] * 2
+    assert curve[1] == pytest.approx([1] * len(CURVE_OCTAVES), abs=0.03)
+    for error, stated, count in sets:
+        straight = straighten(stated[:, None].log(), count, curve)[:, 0].exp()
+        for part in (straight < straight.median(), straight >= straight.median()):
+            for some in (part & (count == 12), part & (count == 64)):
+                ratio = error[some].abs() / straight[some, None]
+                assert float((ratio < 1).float().mean()) == pytest.approx(0.683, abs=0.03)
+    few = [(error[:60], stated[:60], count[:60]) for error, stated, count in sets]
+    assert fit_curve(few) == fit_curve([]) == ()
+
+
+def test_fit_curve__octaves_without_disks_take_the_nearest():
+    sigma = torch.full((1000,), 2**-6.5)
+    error = 2 * sigma[:, None] * torch.randn(1000, 2, generator=torch.Generator().manual_seed(3))
+    few, many = fit_curve([(error, sigma, torch.full((1000,), 100))])
+    assert few == many == (few[0],) * len(CURVE_OCTAVES)
+    assert few[0] == pytest.approx(2, rel=0.06)
 
 
 def test_fit_sigma__finds_scale_and_floor():
