@@ -1,7 +1,8 @@
 """Weights on disk: one folder with ``config.json``, ``model.safetensors`` and a model card ``README.md``.
 
 ``config.json`` holds the architecture, the thresholds and calibration tuned with it, and the SHA-256 of the
-tensor file, which is checked on every load. Nothing is ever downloaded.
+tensor file, which is checked on every load. Weights are told apart by a SHA-256 over both, because the same
+tensors with another calibration give other peaks. Nothing is ever downloaded.
 """
 
 import hashlib
@@ -51,6 +52,8 @@ def packaged_weights() -> list[str]:
 def resolve_weights(name: str | os.PathLike[str] = "default") -> tuple[Path, str]:
     """Folder and SHA-256 of packaged weights or of a weights folder; reads only ``config.json``.
 
+    The SHA-256 is that of tensors, architecture and calibration together.
+
     Raises
     ------
     FileNotFoundError
@@ -68,7 +71,7 @@ def resolve_weights(name: str | os.PathLike[str] = "default") -> tuple[Path, str
             f"no weights {str(name)!r}: {why}; packaged are {', '.join(packaged_weights()) or 'none'}; "
             "or give the path of a folder written by 'fcunet train'"
         )
-    return folder, str(_read_config(folder)["sha256"])
+    return folder, _identity(_read_config(folder))
 
 
 def training_facts(weights: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def load_parts(model: Network, weights: str | os.PathLike[str]) -> list[str]:
 def save_weights(
     folder: str | os.PathLike[str], model: Network, *, card: str, extra: Mapping[str, Any] | None = None
 ) -> str:
-    """Write weights, configuration and model card; returns the SHA-256 of the tensors.
+    """Write weights, configuration and model card; returns their SHA-256, see :func:`resolve_weights`.
 
     Parameters
     ----------
@@ -200,7 +203,7 @@ def save_weights(
     _write_atomically(folder / TENSORS_NAME, payload)
     _write_atomically(folder / CARD_NAME, card.encode())
     _write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-    return sha256
+    return _identity(config)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -244,6 +247,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def _identity(values: Mapping[str, Any]) -> str:
+    """SHA-256 of the tensors and of what is done with them."""
+    text = json.dumps([values["sha256"], values["model"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _build(folder: Path, values: Mapping[str, Any]) -> Network:
     path = folder / TENSORS_NAME
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -259,7 +268,8 @@ def _build(folder: Path, values: Mapping[str, Any]) -> Network:
     except (RuntimeError, SafetensorError) as err:
         raise ValueError(f"{path} does not fit the network that {CONFIG_NAME} describes: {err}") from err
     model = model.eval().requires_grad_(False).fuse().channels_last()
-    model.info = WeightsInfo(name=str(values.get("name", folder.name)), sha256=found, config=config)
+    name = str(values.get("name", folder.name))
+    model.info = WeightsInfo(name=name, sha256=_identity(values), config=config)
     return model
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 
@@ -33,6 +34,18 @@ def test_load_model__gives_back_what_was_saved(folder):
     torch.testing.assert_close(
         load_model(folder, device="cpu")(x, probe).bragg_map, expected, rtol=1e-4, atol=1e-6
     )
+
+
+def test_weights_with_another_calibration__are_other_weights(folder, tmp_path):
+    torch.manual_seed(1)
+    other = FCUNet(dataclasses.replace(SMALL, sigma_scale=1.1))
+    said = save_weights(tmp_path / "other", other, card="# other\n")
+    first, second = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "other"))
+    assert first["sha256"] == second["sha256"]  # the same tensors
+    assert resolve_weights(tmp_path / "other")[1] == load_model(tmp_path / "other").info.sha256 == said
+    assert said != resolve_weights(folder)[1]
+    torch.manual_seed(1)
+    assert save_weights(tmp_path / "same", FCUNet(SMALL), card="") == resolve_weights(folder)[1]
 
 
 def test_load_model__stores_weights_as_they_are_computed_with(folder):
