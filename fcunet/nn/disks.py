@@ -378,7 +378,7 @@ def straighten(log_sigma: Tensor, count: Tensor, curve: Sequence[Sequence[float]
         return log_sigma
     factors = log_sigma.new_tensor(curve).log()  # (2, 6)
     place = (log_sigma / math.log(2) - CURVE_OCTAVES[0]).clamp(0, len(CURVE_OCTAVES) - 1)
-    left = place.long().clamp(max=len(CURVE_OCTAVES) - 2)
+    left = place.nan_to_num().long().clamp(max=len(CURVE_OCTAVES) - 2)  # NaN stays NaN
     share = (count / CURVE_COUNTS[0]).clamp_min(1).log() / math.log(CURVE_COUNTS[1] / CURVE_COUNTS[0])
     few, many = torch.lerp(factors[:, left], factors[:, left + 1], place - left)  # (n, P) each
     return log_sigma + torch.lerp(few, many, share.clamp(max=1)[:, None])

@@ -194,6 +194,7 @@ def test_straighten__has_its_factors_where_it_says():
         expected = torch.tensor([*few[:5], last, 0.5, last, math.sqrt(0.5 * 0.7)])
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=0)
     assert straighten(octaves, counts, ()) is octaves
+    assert straighten(torch.full((1, 1), torch.nan), counts[:1], (few, many)).isnan().all()
 
 
 def test_read_disks__straightens_its_sigma_in_radii(network):
