@@ -81,7 +81,7 @@ def shared_dilation(
     error in sign and, roughly, in size, but not well enough to correct it: contrast at the rim need not
     continue that inside. So it states an error, with the variance ::
 
-        a^2 (max(d^2 - 3 v, 0) + u^2 v^3 / (u^6 + v^3))
+        a^2 (max(d^2 - 3 v, 0) + u^2 v^5 / (u^10 + v^5))
             + b^2 (sum(w_j |P_j| |q_j|) / sum(w_j q_j^2))^2 T / (T + 0.3)
 
     The first bracket has the sign of d, which tells two patterns that err alike from two that do not
@@ -122,8 +122,8 @@ def shared_dilation(
     moment, trusted = sums[0].clamp(min=1e-12), sums[4].clamp(min=1e-12)
     noise = sums[2] / moment**2
     seen = ((sums[1] / moment) ** 2 - _NOISE * noise).clamp(min=0)
-    cubed = (noise / _USUAL**2) ** 3
-    hidden = _USUAL**2 * cubed / (1 + cubed)
+    unseen = (noise / _USUAL**2) ** 5
+    hidden = _USUAL**2 * unseen / (1 + unseen)
     squared = (sums[5] / trusted - _DOUBT * sums[6].sqrt() / trusted).clamp(min=0)
     textured = (squared / (squared + _HALF)).sqrt()
     size = scales[0] * (seen + hidden).sqrt()

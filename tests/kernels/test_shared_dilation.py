@@ -56,11 +56,8 @@ def read(patterns, positions, **options):
     return peaks.dilation_std.numpy(), np.array(dilation), np.array(bar), peaks.dilation.numpy()
 
 
-@pytest.mark.parametrize("transform", ["none", "sqrt", "log"])
-@pytest.mark.parametrize("electrons", [60, 2000, 200_000])
-def test_even_disks__state_next_to_nothing_against_their_like(transform, electrons):
-    stated, _, bar, signed = read(*crystal(64, electrons, 0.0), transform=transform)
-    stated = shared_dilation_left(stated, signed, (np.median(stated), np.median(signed)))
+def assert_next_to_nothing(stated, bar):
+    """Of 64 patterns, whose error bars without it are given."""
     assert np.median(stated) < 0.1 * np.median(bar)
     # chance lets one pattern in ten state something; the spread in error bars falls by less than 5 % for all
     # that, of e_xx and e_yy (64 patterns: give or take 2 %), and less for the rest
@@ -68,10 +65,14 @@ def test_even_disks__state_next_to_nothing_against_their_like(transform, electro
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt", "log"])
-def test_even_disks__state_next_to_nothing_where_noise_hides_nothing(transform):
-    stated, _, bar, _ = read(*crystal(64, 200_000, 0.0), transform=transform)
-    assert np.median(stated) < 0.1 * np.median(bar)
-    assert np.mean(1 / (1 + (stated / bar) ** 2)) > 0.95**2 - 0.04
+@pytest.mark.parametrize("electrons", [60, 2000, 200_000])
+def test_even_disks__state_next_to_nothing(transform, electrons):
+    stated, _, bar, signed = read(*crystal(64, electrons, 0.0), transform=transform)
+    # with 60 electrons it cannot be seen that they are even: what is stated cancels against their like
+    left = shared_dilation_left(stated, signed, (np.median(stated), np.median(signed)))
+    assert_next_to_nothing(left, bar)
+    if electrons > 60:
+        assert_next_to_nothing(stated, bar)
 
 
 @pytest.mark.parametrize("contrast", [0.0, -0.1, 0.05])
