@@ -13,6 +13,7 @@ other place has up to half of its atoms replaced by those of another crystal of 
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,50 +53,43 @@ class Reading(NamedTuple):
     signed: np.ndarray  # (n,) the part of it with a known sign
 
 
-def neighbourhoods(n: int, low_nm: float, high_nm: float, seed: int, split: str = "validation") -> Pool:
-    """Crystals and their neighbours, (tilt, factor) along the axis of the thicknesses."""
-    rng, crystals, pools = np.random.default_rng(seed), training_crystals(split), []
-    while len(pools) < n:
-        crystal: Crystal = crystals[rng.integers(len(crystals))]
-        factors = StructureFactors(crystal, g_max=4.8, absorption=rng.uniform(0.0, 0.12))
-        place = draw_orientation(factors, rng)
-        if place is None:
-            continue
-        angle, beams = rng.uniform(0, 2 * np.pi), place.beams
-        bends = [tilt_rotation([t * np.sin(angle), t * np.cos(angle)]) @ place.rotation for t in TILTS]
-        bent = [couple_beams(factors, r, beams.energy_keV, beams.hkl, beams.weak) for r in bends]
-        thickness = np.tile(10 * rng.uniform(low_nm, high_nm) * np.array(FACTORS), (len(TILTS), 1))
-        disks = scatter(bent, [place.semiangle_mrad] * len(bent), thickness)
-        pools.append(pack_orientations([place], disks.flatten(0, 1)[None], thickness.reshape(1, -1)))
-    return Pool.concatenate(pools)
+def neighbourhoods(
+    n: int,
+    low_nm: float,
+    high_nm: float,
+    seed: int,
+    split: str,
+    places: Sequence[tuple[float, float]],
+    factors: Sequence[float],
+) -> Pool:
+    """Crystals and their neighbours, (place, factor) along the axis of the thicknesses.
 
-
-def alloys(n: int, low_nm: float, high_nm: float, seed: int, split: str = "validation") -> Pool:
-    """Crystals and what becomes of them in an alloy, `ALLOYS` along the axis of the thicknesses.
-
-    Disks lie where those of the pure crystal do: only what is in them is that of the alloy.
+    A place has a share of the atoms of another crystal of the prototype, and a tilt. Disks lie where those of
+    the pure crystal do: only what is in them is that of the alloy.
     """
     rng, crystals, pools = np.random.default_rng(seed), training_crystals(split), []
+    mixed = any(share for share, _ in places)
     while len(pools) < n:
         crystal: Crystal = crystals[rng.integers(len(crystals))]
-        partners = [c for c in crystals if _can_be_alloyed(crystal, c)]
+        partners = [c for c in crystals if _can_be_alloyed(crystal, c)] if mixed else [crystal]
         if not partners:
             continue
-        partner, absorption = partners[rng.integers(len(partners))], rng.uniform(0.0, 0.12)
+        partner = partners[rng.integers(len(partners))] if mixed else crystal
+        absorption = rng.uniform(0.0, 0.12)
         pure = StructureFactors(crystal, g_max=4.8, absorption=absorption)
-        place = draw_orientation(pure, rng)
-        if place is None:
+        centre = draw_orientation(pure, rng)
+        if centre is None:
             continue
-        angle, beams, states = rng.uniform(0, 2 * np.pi), place.beams, []
-        for share, tilt in ALLOYS:
-            factors = pure
+        angle, beams, coupled = rng.uniform(0, 2 * np.pi), centre.beams, []
+        for share, tilt in places:
+            matter = pure
             if share:
-                factors = StructureFactors(alloy(crystal, partner, share), g_max=4.8, absorption=absorption)
-            bend = tilt_rotation([tilt * np.sin(angle), tilt * np.cos(angle)]) @ place.rotation
-            states.append(couple_beams(factors, bend, beams.energy_keV, beams.hkl, beams.weak))
-        thickness = np.full((len(ALLOYS), 1), 10 * rng.uniform(low_nm, high_nm))
-        disks = scatter(states, [place.semiangle_mrad] * len(states), thickness)
-        pools.append(pack_orientations([place], disks.flatten(0, 1)[None], thickness.reshape(1, -1)))
+                matter = StructureFactors(alloy(crystal, partner, share), g_max=4.8, absorption=absorption)
+            bend = tilt_rotation([tilt * np.sin(angle), tilt * np.cos(angle)]) @ centre.rotation
+            coupled.append(couple_beams(matter, bend, beams.energy_keV, beams.hkl, beams.weak))
+        thickness = np.tile(10 * rng.uniform(low_nm, high_nm) * np.array(factors), (len(places), 1))
+        disks = scatter(coupled, [centre.semiangle_mrad] * len(places), thickness)
+        pools.append(pack_orientations([centre], disks.flatten(0, 1)[None], thickness.reshape(1, -1)))
     return Pool.concatenate(pools)
 
 
@@ -225,7 +219,8 @@ def main() -> None:
     ]
     limits = {kind: (max(low, 3.0), min(high, 120.0)) for kind, (low, high) in THICKNESSES.items()}
     n, split = options.crystals, options.split
-    bent = {kind: neighbourhoods(n, *nm, len(kind), split) for kind, nm in limits.items()}
+    bends = [(0.0, tilt) for tilt in TILTS]
+    bent = {kind: neighbourhoods(n, *nm, len(kind), split, bends, FACTORS) for kind, nm in limits.items()}
     text += table(detectors, bent, NEAR, {"near": NEAR, "far": ~NEAR}, 6)
     text += [
         "",
@@ -236,7 +231,7 @@ def main() -> None:
         "10 %.",
         "",
     ]
-    mixed = {kind: alloys(n, *nm, len(kind), split) for kind, nm in limits.items()}
+    mixed = {kind: neighbourhoods(n, *nm, len(kind), split, ALLOYS, (1.0,)) for kind, nm in limits.items()}
     shares_of = {f"{100 * share:.0f} %": [s == share for s, _ in ALLOYS] for share, _ in ALLOYS if share}
     text += table(detectors, mixed, PURE, {k: np.array(v) for k, v in shares_of.items()}, 3)
     options.out.write_text("\n".join(text) + "\n")
