@@ -125,7 +125,7 @@ def load_model(
     if precision == "auto":
         precision = "bf16" if where.type == "cuda" or _cpu_has_bf16() else "fp32"
     values = _read_config(folder)
-    key = (sha256, json.dumps(values, sort_keys=True), str(where), precision)
+    key = (sha256, str(values.get("name", folder.name)), str(where), precision)
     with _lock:  # threads of a worker ask at the same time
         if key not in _models:
             model = _build(folder, values).to(where)

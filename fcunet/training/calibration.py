@@ -24,11 +24,10 @@ def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
 
     The threshold maximises the mean over doses of F2, of recall and precision at 1 px, where recall counts
     more: a lattice fit leaves out false peaks, and cannot invent those that are missing. The position error
-    of the second stage is first straightened (:func:`fit_curve`): small ones are smaller, and large ones
-    larger, than it says. It becomes ``sqrt((scale sigma)^2 + floor^2)`` then, with the pair that brings the
-    coverage of 1 and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square (no floor where it
-    was straightened: that would bend it again); the shared dilation is treated likewise, for e_xx and e_yy of
-    a lattice fit.
+    of the second stage is straightened (:func:`fit_curve`): small ones are smaller, and large ones larger,
+    than it says. That of maps alone becomes ``sqrt((scale sigma)^2 + floor^2)``, with the pair that brings
+    the coverage of 1 and 2 sigma nearest to 68.3 and 95.4 % at every dose, root mean square; the shared
+    dilation is treated likewise, for e_xx and e_yy of a lattice fit.
     """
     model = _with(
         model,
@@ -49,10 +48,9 @@ def calibrate(model: Network, sets: Mapping[float, Sequence[Batch]]) -> Network:
     if model.config.reader_width:
         curve = fit_curve([(e / radius[:, None], s / radius, count) for e, s, radius, count in found])
         model = _with(model, sigma_curve=curve)
-        found = [_errors(network_detector(model), batches) for batches in sets.values()]
-    floors = (0.0,) if model.config.sigma_curve else FLOORS_PX
-    scale, floor = fit_sigma([(error, sigma) for error, sigma, *_ in found if len(error)], floors)
-    model = _with(model, sigma_scale=scale, sigma_floor_px=floor)
+    else:
+        scale, floor = fit_sigma([(error, sigma) for error, sigma, *_ in found if len(error)])
+        model = _with(model, sigma_scale=scale, sigma_floor_px=floor)
     detector = network_detector(model)
     strains = [_strains(detector, batches) for batches in sets.values()]
     scale, floor = fit_dilation([s for s in strains if len(s[0])])
@@ -94,15 +92,13 @@ def fit_curve(sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[tuple[float, .
     return (rows[0], rows[-1]) if rows else ()
 
 
-def fit_sigma(pairs: list[tuple[Tensor, Tensor]], floors: Sequence[float] = FLOORS_PX) -> tuple[float, float]:
+def fit_sigma(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Scale and floor of predicted standard deviations.
 
     Parameters
     ----------
     pairs : list of (Tensor (k, 2), Tensor (k,))
         Position errors and predicted sigma, px; one pair per set, all sets count alike.
-    floors : sequence of float
-        Floors to choose from, px.
 
     Returns
     -------
@@ -110,7 +106,7 @@ def fit_sigma(pairs: list[tuple[Tensor, Tensor]], floors: Sequence[float] = FLOO
         1 and 0 if there is nothing to fit.
     """
     best, answer = float("inf"), (1.0, 0.0)
-    for floor in floors:
+    for floor in FLOORS_PX:
         for scale in torch.logspace(-0.7, 0.7, 57).tolist():  # 5 % steps
             cost = 0.0
             for error, sigma in pairs:
