@@ -387,6 +387,7 @@ def table(record: dict[str, Any]) -> str:
             "thickness",
             "electrons",
             "lattices",
+            "bias",
             "error bar",
             "within 1",
             "within 2",
@@ -395,7 +396,7 @@ def table(record: dict[str, Any]) -> str:
         ),
     ]
     for r in of["crystals"]:
-        cells = [f"{100 * r['found']:.0f} %", numbers(r["bar"], 1e3)]
+        cells = [f"{100 * r['found']:.0f} %", numbers(r["bias"], 1e3, "+.2f"), numbers(r["bar"], 1e3)]
         cells += [*(numbers(r[k]) for k in ("within_1", "within_2")), numbers(means(r)), verdict(r)]
         out.append(line(METHODS[r["method"]], r["kind"], dose(r), *cells))
     n = _N_FOILS * _FOIL_SCAN[0] * _FOIL_SCAN[1]

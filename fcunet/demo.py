@@ -75,14 +75,16 @@ def run_demo(
         )
         results[method] = run(config, restart=restart)
     errors = {m: compare_with_truth(tree["strain"].to_dataset(), known) for m, tree in results.items()}
-    typer.echo("\nstrain error against the truth, rms x 1e-3 (bias)")
-    typer.echo("             " + "".join(f"{c:>16}" for c in STRAIN_COMPONENTS))
-    for method, label in METHODS.items():
-        cells = (
-            f"{errors[method][c]['rms'] * 1e3:7.2f} ({errors[method][c]['bias'] * 1e3:+.2f})"
-            for c in STRAIN_COMPONENTS
-        )
-        typer.echo(f"{label:13}" + "".join(f"{cell:>16}" for cell in cells))
+    for title, (one, two) in {
+        "strain error against the truth, rms x 1e-3 (bias)": ("rms", "bias"),
+        "share of true values within one error bar (two)": ("within_1", "within_2"),
+    }.items():
+        typer.echo(f"\n{title}\n" + " " * 13 + "".join(f"{c:>16}" for c in STRAIN_COMPONENTS))
+        scale, form = (1e3, "+.2f") if one == "rms" else (1, ".2f")
+        for method, label in METHODS.items():
+            found = [errors[method][c] for c in STRAIN_COMPONENTS]
+            cells = (f"{e[one] * scale:7.2f} ({e[two] * scale:{form}})" for e in found)
+            typer.echo(f"{label:13}" + "".join(f"{cell:>16}" for cell in cells))
     figure = plot_methods({METHODS[m]: tree["strain"].to_dataset() for m, tree in results.items()}, known)
     figure.savefig(out / "demo.png", dpi=150)
     typer.echo(f"\nwrote     {out / 'demo.png'}   {out / 'fcunet' / 'report.html'}")
