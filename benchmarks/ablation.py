@@ -107,7 +107,7 @@ def strain_rows(model: FCUNet, doses: tuple[float, ...]) -> list[str]:
                 optics = torch.tensor([[scan.energy_keV, scan.aperture]])
                 counts = torch.as_tensor(scan.counts(dose))
                 peaks = in_batches(find, model, counts, torch.as_tensor(scan.probe)[None], optics)
-                parts.append(strain_errors(scan, peaks, peaks.sigma.numpy(), "sigma"))
+                parts.append(strain_errors(scan, peaks, peaks.sigma.numpy(), "sigma", from_scan=True))
             figures = Strain.concatenate(parts).figures()
             cells.append(" / ".join(f"{1e3 * figures[c]['rms']:.2f}" for c in COMPONENTS))
         lines.append("| " + " | ".join(cells) + " |")
@@ -165,7 +165,7 @@ def slope_rows(model: FCUNet, doses: tuple[float, ...], draws: int = 8) -> list[
                 for draw in range(1, draws + 1):
                     counts = torch.as_tensor(scan.counts(dose, draw))
                     peaks = in_batches(complete, model, counts, torch.as_tensor(scan.probe)[None], optics)
-                    parts.append(strain_errors(scan, peaks, peaks.sigma.numpy(), "sigma"))
+                    parts.append(strain_errors(scan, peaks, peaks.sigma.numpy(), "sigma", from_scan=True))
             n = len(parts[0].truth)
             error, truth = (
                 np.stack([getattr(p, k) for p in parts]).reshape(-1, n, 4) for k in ("error", "truth")

@@ -213,16 +213,22 @@ def disk_electrons(counts: Tensor, qy: Tensor, qx: Tensor, radius: float) -> Ten
 
 
 def fit_weights(method: Method, peaks: Peaks, counts: Tensor, radius: float, edge: float) -> dict[str, Any]:
-    """`sigma` and `weighting` for the lattice fit, `dilation_std` for the error bars of networks.
+    """What :func:`strain_errors` takes: `sigma`, `weighting`, `from_scan`, and of networks `dilation_std`.
 
     Beside what `fit_lattice` offers, ``noise:T`` stands for the Cramer-Rao error of an evenly filled disk
     with the electrons found there, and T px for its texture, added in quadrature.
     """
     if method.kind == "network" and method.weighting == "sigma":
         shared = peaks.dilation_std.numpy()
-        return {"sigma": peaks.sigma.numpy(), "weighting": "sigma", "dilation_std": shared}
+        return {
+            "sigma": peaks.sigma.numpy(),
+            "weighting": "sigma",
+            "from_scan": True,
+            "dilation_std": shared,
+        }
     if not method.weighting.startswith("noise"):
-        return {"sigma": peaks.sigma.numpy(), "weighting": method.weighting}
+        stated = method.weighting == "sigma"
+        return {"sigma": peaks.sigma.numpy(), "weighting": method.weighting, "from_scan": stated}
     floor = float(method.weighting.partition(":")[2])
     electrons = disk_electrons(counts, peaks.qy, peaks.qx, radius)
     return {"sigma": (radius * edge / (0.9032 * electrons) + floor**2).sqrt().numpy(), "weighting": "sigma"}

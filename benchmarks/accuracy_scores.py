@@ -6,7 +6,8 @@ import numpy as np
 
 from fcunet.kernels.lattice import fit_lattice
 from fcunet.kernels.peaks import Peaks
-from fcunet.kernels.strain import deformation_gradient, strain_from_F, strain_std, with_shared_dilation
+from fcunet.kernels.residuals import fit_sigma_curve
+from fcunet.kernels.strain import deformation_gradient, strain_from_F, strain_std, with_shared_strain
 from fcunet.training.evaluate import Batch, Totals, match_peaks
 
 from .accuracy_data import Scan
@@ -66,20 +67,34 @@ def slope(truth: np.ndarray, error: np.ndarray) -> float:
 
 
 def strain_errors(
-    scan: Scan, peaks: Peaks, sigma: np.ndarray, weighting: str, dilation_std: np.ndarray | float = 0.0
+    scan: Scan,
+    peaks: Peaks,
+    sigma: np.ndarray,
+    weighting: str,
+    *,
+    dilation_std: np.ndarray | float = 0.0,
+    from_scan: bool = False,
 ) -> Strain:
-    """Strain that the lattice fit finds in the peaks of a scan, less the truth; the reference is exact."""
+    """Strain that the lattice fit finds in the peaks of a scan, less the truth; the reference is exact.
+
+    With `from_scan`, sigma is corrected by the scatter of the scan, as a run does by itself.
+    """
     distorted = scan.g_ref @ scan.distortion.T
-    fit = fit_lattice(
-        peaks.qy.numpy(), peaks.qx.numpy(), g=distorted, origin=scan.origin, sigma=sigma,
-        intensity=np.maximum(np.nan_to_num(peaks.intensity.numpy()), 1e-12), weighting=weighting,
-    )  # fmt: skip
+    qy, qx, corrected, curve = peaks.qy.numpy(), peaks.qx.numpy(), sigma, None
+    for rounds_left in (2, 1, 0) if from_scan else (0,):
+        fit = fit_lattice(
+            qy, qx, g=distorted, origin=scan.origin, sigma=corrected,
+            intensity=np.maximum(np.nan_to_num(peaks.intensity.numpy()), 1e-12), weighting=weighting,
+        )  # fmt: skip
+        if rounds_left:
+            curve = fit_sigma_curve(qy, qx, sigma, g=fit.g, origin=fit.origin, curve=curve)
+            corrected = sigma if curve is None else curve.applied(sigma)
     F = deformation_gradient(fit.g, distorted)
     # both lattices are distorted alike: F in the frame of the undistorted detector
     A = scan.distortion
     F = A.T @ F @ np.linalg.inv(A.T)
     found, true = strain_from_F(F), strain_from_F(scan.F)
-    covariance = with_shared_dilation(fit.covariance, fit.g, dilation_std)
+    covariance = with_shared_strain(fit.covariance, fit.g, dilation_std, peaks.dilation.numpy())
     std = strain_std(fit.g, distorted, covariance)
     error = np.stack([found[c] - true[c] for c in COMPONENTS], -1)
     error[~(np.abs(error) < _WRONG).all(-1)] = np.nan

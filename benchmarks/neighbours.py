@@ -3,11 +3,11 @@
     python -m benchmarks.neighbours  # some ten minutes on one core
 
 A scan is bent by some mrad and wedged by some percent: its reference is a neighbour, not the truth.
-Crystals of the validation prototypes (``--split train``: those on which `_ALIKE_UNSIGNED` of
-`fcunet.kernels.strain` was chosen) are scattered at a place and a few mrad or percent of the thickness away
-from it, and drawn on the same detector; the strain that each pattern shows is compared with the median of the
-near ones. Most of the dilation that the disks of a pattern share is the same in both
-(`fcunet.kernels.strain.shared_dilation_left`). The same is done for alloys: the reference is one crystal, the
+Crystals of the validation prototypes (``--split train``: those on which `_LEFT` of `fcunet.kernels.strain`
+was chosen) are scattered at a place and a few mrad or percent of the thickness away from it, and drawn on the
+same detector; the strain that each pattern shows is compared with the median of the near ones. Much of what
+displaces the disks is the same in both, and the residuals of the peaks tell how much
+(`fcunet.kernels.residuals`). The same is done for alloys: the reference is one crystal, the
 other place has up to half of its atoms replaced by those of another crystal of the same prototype. Writes
 ``benchmarks/results/neighbours.md``.
 """
@@ -20,15 +20,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
+from torch.nn import functional as F
 
+from fcunet import schema
+from fcunet.kernels.lattice import NoLatticeError
+from fcunet.kernels.lattice_index import reduce_basis
 from fcunet.kernels.peaks import Peaks
-from fcunet.kernels.strain import shared_dilation_left
 from fcunet.nn.weights import load_model, resolve_weights
+from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.simulation.crystals import Crystal, alloy
 from fcunet.simulation.scattering import StructureFactors, couple_beams, scatter, tilt_rotation
 from fcunet.training.dataset import PatternSource, Pool, TrainingBatch, training_crystals
-from fcunet.training.evaluate import affine_error, match_peaks, network_detector
+from fcunet.training.evaluate import network_detector
 from fcunet.training.orientations import draw_orientation, pack_orientations
 
 from .shared_dilation import THICKNESSES, correlate
@@ -45,12 +50,14 @@ _SIZE, _WRONG = 256, 0.03  # a strain off by more is that of another lattice
 
 
 class Reading(NamedTuple):
-    """What a detector makes of `n` patterns."""
+    """Of n crystals in m states; NaN where there is no lattice."""
 
-    error: np.ndarray  # (n, 2) of e_yy and e_xx
-    std: np.ndarray  # (n, 2) without a shared part
-    shared: np.ndarray  # (n,)
-    signed: np.ndarray  # (n,) the part of it with a known sign
+    error: np.ndarray  # (m, n, 4) against the reference, which is the median of some states
+    std: np.ndarray  # (m, n, 4) as of a run
+    plain: np.ndarray  # (m, n, 4) as if nobody had looked at the peaks
+    absolute: np.ndarray  # (m, n, 4) against the truth
+    absolute_std: np.ndarray  # (m, n, 4)
+    ratio: np.ndarray  # (m, n)
 
 
 def neighbourhoods(
@@ -123,75 +130,105 @@ def draw(pool: Pool, state: int, electrons: float) -> TrainingBatch:
     return source.batch(len(pool))
 
 
-def read(peaks: Peaks, batch: TrainingBatch) -> Reading:
-    """Errors of the strain and what is said of them."""
-    matches = match_peaks(peaks, batch)
-    fit = affine_error(matches, batch.spot_position)
-    error = fit.strain.diagonal(dim1=1, dim2=2)
-    return Reading(error.numpy(), fit.std.numpy(), peaks.dilation_std.numpy(), peaks.dilation.numpy())
+def true_lattice(batch: TrainingBatch, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Origin (2,) and g (2, 2) of a pattern, px, from where its disks lie."""
+    spots = batch.spot_position[row].numpy().astype(float)
+    spots = spots[np.isfinite(spots).all(1)]
+    q = spots - batch.origin[row].numpy()
+    q = q[np.argsort((q**2).sum(1))]
+    q = q[(q**2).sum(1) > 4]  # px^2; the direct beam, and what other Laue zones bring near it
+    aside = np.abs(q[:, 0] * q[0, 1] - q[:, 1] * q[0, 0]) > 0.1 * np.hypot(*q.T) * np.hypot(*q[0])
+    if not aside.any():
+        raise NoLatticeError("all disks lie on one line")
+    g = np.stack([q[0], q[aside][0]])
+    sixths = 6 * q @ np.linalg.inv(g)
+    for one in q[np.abs(sixths - np.rint(sixths)).max(1) < 0.1]:  # the others are of other Laue zones
+        place = one @ np.linalg.inv(g)
+        while np.abs(place - np.rint(place)).max() > 0.1:  # between two others: g is not primitive
+            pairs = [np.stack([(place - np.rint(place)) @ g, other]) for other in g]
+            areas = np.abs(np.linalg.det(pairs))
+            g, _ = reduce_basis(pairs[int(np.argmin(np.where(areas > 1, areas, np.inf)))])
+            place = one @ np.linalg.inv(g)
+    h, k = np.rint(q @ np.linalg.inv(g)).T
+    near = np.abs(q - np.stack([h, k], 1) @ g).max(1) < 0.1
+    fitted, *_ = np.linalg.lstsq(np.stack([h, k], 1)[near], q[near], rcond=None)
+    return batch.origin[row].numpy(), fitted
 
 
-def shares(
-    readings: list[Reading], reference_states: np.ndarray, others: dict[str, np.ndarray], fewest: int
-) -> dict[str, Any]:
-    """How many differences from a reference one and two error bars hold, and sizes in 1e-3.
+def as_scan(found: list[Peaks], row: int) -> xr.Dataset:
+    """The peaks of one crystal in all its states, as a scan of one line."""
+    most = max(one.qy.shape[1] for one in found)
+    names = {"peak_qy": "qy", "peak_qx": "qx", "peak_intensity": "intensity", "peak_sigma": "sigma"}
+    peaks = xr.Dataset()
+    for name, field in names.items():
+        values = [getattr(one, field)[row] for one in found]
+        padded = [F.pad(v, (0, most - len(v)), value=torch.nan) for v in values]
+        peaks[name] = (schema.PEAK_DIMS, torch.stack(padded).numpy()[None])
+    for name, field in zip(schema.SHARED_DILATION, ("dilation_std", "dilation"), strict=True):
+        peaks[name] = (schema.SCAN_DIMS, torch.stack([getattr(p, field)[row] for p in found]).numpy()[None])
+    return peaks
 
-    The reference is the median of some of the states, of which at least `fewest` must have a lattice.
-    """
-    error, std, shared, signed = (
-        np.stack(column) for column in zip(*readings, strict=True)
-    )  # (states, n, ..)
-    known = (np.abs(error) < _WRONG).all(-1) & np.isfinite(std).all(-1)
-    enough = known[reference_states].sum(0) >= fewest
-    error, std = (np.where(known[..., None], v, np.nan)[:, enough] for v in (error, std))
-    reference = np.nanmedian(error[reference_states], axis=0)
-    of_reference = np.nanmean(std[reference_states] ** 2, axis=0) * np.pi / 2 / reference_states.sum()
-    middle, middle_signed = (np.median(v[reference_states], axis=0) for v in (shared, signed))
-    left = shared_dilation_left(shared, signed, (middle, middle_signed))[:, enough]
-    out: dict[str, Any] = {"n": int(enough.sum())}
-    for name, states in others.items():
-        difference = np.abs(error - reference)[states]
-        own = np.sqrt(std**2 + of_reference)[states]
-        whole = np.hypot(own, left[states][..., None])
-        out[name] = [1e3 * float(np.nanmedian(v)) for v in (difference, own, left[states])]
-        for bar in (own, whole):
-            ratio = (difference / bar)[np.isfinite(difference)]
-            out[name] += [float((ratio < k).mean()) for k in (1, 2)]
-    absolute = (np.abs(error) / np.hypot(std, shared[:, enough][..., None]))[np.isfinite(error)]
-    out["absolute"] = [float((absolute < k).mean()) for k in (1, 2)]
-    out["size"] = 1e3 * float(np.nanmedian(np.abs(error)))
-    return out
+
+def read(found: list[Peaks], batches: list[TrainingBatch], n_reference: int) -> Reading:
+    """Strain of every crystal, the way of a run: the first states are the reference."""
+    rows = []
+    for row in range(len(batches[0].pattern)):
+        nothing = np.full((5, len(found), 4), np.nan), np.full(len(found), np.nan)
+        try:
+            origin, g = true_lattice(batches[0], row)
+            peaks = as_scan(found, row)
+            lattice = fit_lattice(peaks, basis=g, origin=origin)
+            region = (0, 1, 0, n_reference)
+            own, plain = (compute_strain(lattice, reference=region, peaks=p) for p in (peaks, None))
+            exact = compute_strain(lattice, reference=g)
+        except ValueError:  # no lattice in the reference
+            rows.append(nothing)
+            continue
+        maps = ((own, ""), (own, "_std"), (plain, "_std"), (exact, ""), (exact, "_std"))
+        values = [np.stack([m[c + end].values[0] for c in schema.STRAIN_COMPONENTS], -1) for m, end in maps]
+        right = (np.abs(values[3]) < _WRONG).all(-1)
+        enough = 2 * right[:n_reference].sum() > n_reference
+        kept = np.where((right & enough)[:, None], np.stack(values), np.nan)
+        rows.append((kept, own["residual_ratio"].values[0] if "residual_ratio" in own else nothing[1]))
+    numbers, ratio = (np.stack(column, axis=-1) for column in zip(*rows, strict=True))  # (5, m, 4, n), (m, n)
+    return Reading(*np.moveaxis(numbers, -1, 2), ratio)
+
+
+def shares(error: np.ndarray, std: np.ndarray) -> list[float]:
+    """Shares of the errors within one and two error bars."""
+    ratio = (np.abs(error) / std)[np.isfinite(error) & np.isfinite(std)]
+    return [float((ratio < k).mean()) for k in (1, 2)]
 
 
 def table(
-    detectors: dict[str, Any],
-    pools: dict[str, Pool],
-    reference_states: np.ndarray,
-    others: dict[str, np.ndarray],
-    fewest: int,
+    detectors: dict[str, Any], pools: dict[str, Pool], reference: np.ndarray, others: dict[str, np.ndarray]
 ) -> list[str]:
-    """Markdown, by thickness, dose and method."""
-    text = [
-        "| method | disks | electrons | crystals | absolute | within | "
-        "from | difference | bar | left | without | with |",
-        "|---" * 12 + "|",
-    ]
+    """Markdown, by thickness, dose and method; `reference` and `others` say which of the states."""
+    order, n_reference = np.argsort(~reference, kind="stable"), int(reference.sum())
+    titles = "method,disks,electrons,crystals,absolute,from,alike,difference,bar,without peaks,with"
+    text = [f"| {titles.replace(',', ' | ')} |", "|---" * (titles.count(",") + 1) + "|"]
     for kind, pool in pools.items():
         for electrons in DOSES:
-            batches = [draw(pool, state, electrons) for state in range(len(reference_states))]
+            batches = [draw(pool, int(state), electrons) for state in order]
             for method, find in detectors.items():
-                readings = [read(find(batch), batch) for batch in batches]
-                found = shares(readings, reference_states, others, fewest)
+                found = read([find(batch) for batch in batches], batches, n_reference)
+                n = int(np.isfinite(found.error[:n_reference]).all(-1).any(0).sum())
                 dose = f"{electrons:.0e}".replace("e+0", "e")
-                for name in others:
-                    sizes, held = found[name][:3], found[name][3:]
-                    cells = [method, kind, dose, str(found["n"]), f"{found['size']:.2f}"]
-                    cells += [", ".join(f"{v:.2f}" for v in found["absolute"]), name]
-                    cells += [*(f"{v:.2f}" for v in sizes)]
-                    cells += [", ".join(f"{v:.2f}" for v in held[i : i + 2]) for i in (0, 2)]
+                for name, states in others.items():
+                    which = states[order]
+                    error, std = found.error[which], found.std[which]
+                    cells = [method, kind, dose, str(n), pair(shares(found.absolute, found.absolute_std))]
+                    cells += [name, f"{np.nanmedian(found.ratio[which]):.2f}"]
+                    cells += [f"{1e3 * np.nanmedian(np.abs(v)):.2f}" for v in (error, std)]
+                    cells += [pair(shares(error, v)) for v in (found.plain[which], std)]
                     text.append(f"| {' | '.join(cells)} |")
                     print(text[-1], flush=True)
     return text
+
+
+def pair(values: list[float]) -> str:
+    """As the table spells shares."""
+    return ", ".join(f"{v:.2f}" for v in values)
 
 
 def main() -> None:
@@ -211,17 +248,17 @@ def main() -> None:
         "",
         f"`python -m benchmarks.neighbours`, weights {weights}, {options.crystals} crystals of",
         f"{options.split} prototypes per thickness. Near: at most 2 mrad and 3 % of the thickness from a",
-        "place; far: 4 mrad, or 10 %. Differences of e_xx and e_yy from the median of the near ones:",
-        "size, error bar without a shared dilation, what is left of that (medians, 1e-3); shares within one",
-        "and two error bars without it and with it (68.3 and 95.4 % are wanted). Absolute: size of the",
-        "error, and shares with the whole dilation.",
+        "place; far: 4 mrad, or 10 %. Differences of e_xx, e_yy, e_xy and theta from the median of the near",
+        "ones: `residual_ratio`, size and error bar (medians, the latter in 1e-3); shares within one and two",
+        "error bars, without a look at the peaks and with (68.3 and 95.4 % are wanted). Absolute: shares",
+        "against the truth.",
         "",
     ]
     limits = {kind: (max(low, 3.0), min(high, 120.0)) for kind, (low, high) in THICKNESSES.items()}
     n, split = options.crystals, options.split
     bends = [(0.0, tilt) for tilt in TILTS]
     bent = {kind: neighbourhoods(n, *nm, len(kind), split, bends, FACTORS) for kind, nm in limits.items()}
-    text += table(detectors, bent, NEAR, {"near": NEAR, "far": ~NEAR}, 6)
+    text += table(detectors, bent, NEAR, {"near": NEAR, "far": ~NEAR})
     text += [
         "",
         "## Where the composition changes",
@@ -233,7 +270,7 @@ def main() -> None:
     ]
     mixed = {kind: neighbourhoods(n, *nm, len(kind), split, ALLOYS, (1.0,)) for kind, nm in limits.items()}
     shares_of = {f"{100 * share:.0f} %": [s == share for s, _ in ALLOYS] for share, _ in ALLOYS if share}
-    text += table(detectors, mixed, PURE, {k: np.array(v) for k, v in shares_of.items()}, 3)
+    text += table(detectors, mixed, PURE, {k: np.array(v) for k, v in shares_of.items()})
     options.out.write_text("\n".join(text) + "\n")
 
 

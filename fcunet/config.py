@@ -121,6 +121,9 @@ class LatticeConfig(_Section):
     weighting: Literal["sigma", "uniform", "intensity", "intensity_squared"] = Field(
         "sigma", description="weights of the peaks in the fit"
     )
+    sigma_from_scan: bool = Field(
+        True, description="peak_sigma is corrected by how far the peaks of this scan scatter"
+    )
     robust: bool = Field(True, description="down-weight outliers (iterated Tukey weights)")
     fit_origin: bool = Field(True, description="fit the origin of each position; no: as measured")
     max_strain: float = Field(0.1, gt=0, description="a lattice strained by more is another one")

@@ -15,12 +15,14 @@ from . import cepstral, schema
 from .kernels import lattice as kernel
 from .kernels.lattice_several import find_lattices
 from .kernels.lattice_several import fit_lattices as kernel_lattices
+from .kernels.residuals import SigmaCurve, fit_sigma_curve
 from .layout import check_whole_peaks
 from .systematic import calibration_residuals
 
 Array = NDArray[np.float64]
 
 _SAMPLE_BLOCKS, _SAMPLE_PATTERNS = 36, 2048
+_CURVE_PATTERNS, _CURVE_ROUNDS = 1024, 2
 
 
 def fit_lattice(
@@ -36,6 +38,7 @@ def fit_lattice(
     max_strain: float = 0.1,
     max_rotation_degree: float = 10.0,
     max_orientations: int = 12,
+    sigma_from_scan: bool = True,
 ) -> xr.Dataset:
     """Lattice of every scan position.
 
@@ -58,6 +61,10 @@ def fit_lattice(
     max_orientations : int
         Without `basis`, at most so many different lattices (grains, phases) are looked for; each position
         gets the one that describes its peaks best, numbered in `lattice_id`. 1: a single crystal.
+    sigma_from_scan : bool
+        Correct `peak_sigma` by how far the peaks of this scan scatter about their lattices, in a sample of
+        it, before it weighs them: :func:`fcunet.kernels.residuals.fit_sigma_curve`. The correction is kept in
+        ``attrs["sigma_stated_px"]`` and ``attrs["sigma_factor"]``.
 
     Returns
     -------
@@ -86,6 +93,7 @@ def fit_lattice(
         max_strain=max_strain,
         max_rotation_degree=max_rotation_degree,
         max_orientations=max_orientations,
+        sigma_from_scan=sigma_from_scan,
     )[0]
 
 
@@ -98,13 +106,14 @@ def fit_lattices(
     min_num_peaks: int = 5,
     max_orientations: int = 12,
     weighting: kernel.Weighting = "sigma",
+    sigma_from_scan: bool = True,
     **options: Any,
 ) -> list[xr.Dataset]:
     """The one to three lattices of every scan position: overlapping grains, a film and its substrate.
 
     Parameters
     ----------
-    peaks, basis, origin, min_num_peaks, max_orientations, weighting
+    peaks, basis, origin, min_num_peaks, max_orientations, weighting, sigma_from_scan
         As for :func:`fit_lattice`. With several lattices in `basis` and room for all, each has its own place:
         the i-th dataset is the i-th crystal, wherever it was found.
     max_lattices : int
@@ -149,10 +158,13 @@ def fit_lattices(
     kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
     known = basis is not None and 1 < len(bases) <= max_lattices
     places = {"max_lattices": int(max_lattices), "in_order": known}
+    curve = None
+    if sigma_from_scan and weighting == "sigma" and "peak_sigma" in peaks:
+        curve = _sigma_curve(peaks, bases, options | places)
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
-        kwargs={"optional": optional, "bases": bases, "options": options | places},
+        kwargs={"optional": optional, "bases": bases, "options": options | places, "curve": curve},
         input_core_dims=core,
         output_core_dims=([[]] * 6 + [["parameter", "parameter2"]] + [[]] * (4 + len(shared))) * max_lattices,
         dask="parallelized",
@@ -178,6 +190,8 @@ def fit_lattices(
         ),
         "min_num_peaks": int(min_num_peaks),
     }
+    if curve is not None:
+        attrs |= {"sigma_stated_px": curve.sigma.tolist(), "sigma_factor": curve.factor.tolist()}
     attrs |= _geometry(peaks)
     names = (
         *schema.LATTICE_PARAMETERS,
@@ -228,9 +242,12 @@ def _fit_block(
     optional: Sequence[str],
     bases: list[kernel.Basis],
     options: dict,
+    curve: SigmaCurve | None = None,
 ):
     """Plain arrays in, the variables of a lattice out, in the order of :func:`fit_lattice`."""
     given = dict(zip(optional, rest, strict=False))
+    if curve is not None:
+        given["peak_sigma"] = curve.applied(given["peak_sigma"])
     basis = bases[0]
     origin = np.stack(rest[-2:], -1) if "origin" in optional else basis.origin
     if "origin" in optional:
@@ -289,9 +306,30 @@ def _common_lattices(
     )
 
 
+def _sigma_curve(peaks: xr.Dataset, bases: list[kernel.Basis], options: dict) -> SigmaCurve | None:
+    """How far the peaks scatter, from a sample of them; None if they are too few to tell."""
+    sample = _sample(peaks).stack(position=schema.SCAN_DIMS).transpose("position", ...)
+    sample = sample.isel(position=slice(None, None, max(1, sample.sizes["position"] // _CURVE_PATTERNS)))
+    qy, qx, sigma = (sample[name].values for name in ("peak_qy", "peak_qx", "peak_sigma"))
+    optional, rest = ["peak_sigma"], [sigma]
+    if "peak_intensity" in sample:
+        optional, rest = [*optional, "peak_intensity"], [*rest, sample["peak_intensity"].values]
+    if {"origin_qy", "origin_qx"} <= set(sample):
+        optional.append("origin")
+        rest += [sample[name].values.astype(float) for name in ("origin_qy", "origin_qx")]
+    curve = None
+    for _ in range(_CURVE_ROUNDS):
+        oy, ox, *vectors = _fit_block(
+            qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve
+        )[:6]
+        g, origin = np.stack(vectors, -1).reshape(-1, 2, 2), np.stack([oy, ox], -1)
+        curve = fit_sigma_curve(qy, qx, sigma, g=g, origin=origin, curve=curve)
+    return curve
+
+
 def _sample(peaks: xr.Dataset) -> xr.Dataset:
     """Some patterns spread over the scan, in memory, reading few blocks of a lazy dataset."""
-    names = ("peak_qy", "peak_qx", "peak_intensity", "origin_qy", "origin_qx")
+    names = ("peak_qy", "peak_qx", "peak_intensity", "peak_sigma", "origin_qy", "origin_qx")
     peaks = peaks[[name for name in names if name in peaks]].reset_coords(drop=True)
     index = []
     for axis, dim in enumerate(schema.SCAN_DIMS):

@@ -10,13 +10,16 @@ from numpy.typing import ArrayLike, NDArray
 from . import schema
 from .crystal import Crystal, read_crystal
 from .kernels.grains import label_grains
+from .kernels.residuals import SigmaCurve, SiteResiduals, mean_residuals
 from .kernels.strain import COMPONENTS, deformation_gradient, strain_from_F
 
 Array = NDArray[np.float64]
 
 WORDS = ("median", "robust_median", "weighted_median", "grain")
 VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
+ORIGIN = schema.LATTICE_PARAMETERS[:2]
 _PART = 2**16  # positions at a time
+_SAMPLE = 2**13  # positions whose peaks tell what is usual in a reference
 _SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
 
 
@@ -27,6 +30,8 @@ class Reference(NamedTuple):
     covariance: Array | None  # (6, 6) px^2; None: exact
     dilation: tuple[float, float] | None  # medians of the shared one and its signed part; None: not measured
     origin: str  # in words
+    used: NDArray[np.bool_] | None = None  # (scan_y, scan_x) positions it was taken from
+    residuals: SiteResiduals | None = None  # of its peaks; None: not known
 
 
 def lattice_numbers(lattice: xr.Dataset) -> xr.DataArray:
@@ -48,7 +53,7 @@ def find_grains(lattice: xr.Dataset) -> xr.DataArray:
 
 
 def find_references(
-    lattice: xr.Dataset, reference: str | ArrayLike, member: xr.DataArray
+    lattice: xr.Dataset, reference: str | ArrayLike, member: xr.DataArray, peaks: xr.Dataset | None = None
 ) -> dict[int, Reference]:
     """Reference of each group of positions.
 
@@ -60,6 +65,8 @@ def find_references(
         As for :func:`fcunet.compute_strain`.
     member : DataArray of int
         Group of each position: its lattice, or its grain; 0 for none.
+    peaks : Dataset, optional
+        What `lattice` was fitted to; read now, of a few thousand positions at most.
 
     Raises
     ------
@@ -92,6 +99,59 @@ def find_references(
             f"no grain has {_SMALLEST_GRAIN} positions, so none can be its own reference; "
             "use reference='median'"
         )
+    return found if peaks is None else _with_residuals(found, lattice, peaks)
+
+
+def peak_arrays(peaks: xr.Dataset, lattice: xr.Dataset) -> list[xr.DataArray]:
+    """`peak_qy`, `peak_qx`, and `peak_sigma` as the lattices were fitted with it, if they were."""
+    arrays = [peaks[name].reset_coords(drop=True) for name in ("peak_qy", "peak_qx")]
+    if "peak_sigma" in peaks and lattice.attrs.get("weighting", "sigma") == "sigma":
+        arrays.append(xr.apply_ufunc(
+            corrected_sigma, peaks["peak_sigma"].reset_coords(drop=True), kwargs={"attrs": lattice.attrs},
+            dask="parallelized", output_dtypes=[np.float64],
+        ))  # fmt: skip
+        arrays[-1].name = "peak_sigma"
+    return arrays
+
+
+def corrected_sigma(sigma: ArrayLike, attrs: dict[str, Any]) -> Array:
+    """`peak_sigma`, corrected as the lattices with these attributes were fitted: `sigma_from_scan`."""
+    if "sigma_factor" not in attrs:
+        return np.asarray(sigma, dtype=np.float64)
+    curve = SigmaCurve(np.array(attrs["sigma_stated_px"], float), np.array(attrs["sigma_factor"], float))
+    return curve.applied(sigma)
+
+
+def _with_residuals(
+    references: dict[int, Reference], lattice: xr.Dataset, peaks: xr.Dataset
+) -> dict[int, Reference]:
+    """The same references with the residuals of their peaks, of an even choice of positions."""
+    label = np.zeros([lattice.sizes[d] for d in schema.SCAN_DIMS], dtype=int)
+    for number, own in references.items():
+        if own.used is not None:
+            label[own.used] = number
+    if not label.any():
+        return references
+    step = max(1, int(np.ceil((np.count_nonzero(label) / _SAMPLE) ** 0.5)))
+    index = [
+        slice(int(lines[0]), int(lines[-1]) + 1, step)
+        for lines in (np.flatnonzero(label.any(axis)) for axis in (1, 0))
+    ]
+    here = dict(zip(schema.SCAN_DIMS, index, strict=True))
+    vectors, origin = (
+        np.stack([lattice[name].isel(here).values for name in names], -1) for names in (VECTORS, ORIGIN)
+    )
+    label = label[tuple(index)]
+    spots = xr.Dataset({a.name: a.isel(here) for a in peak_arrays(peaks, lattice)}).compute()
+    values = [a.transpose(*schema.PEAK_DIMS).values for a in spots.values()]
+    found = {}
+    for number, own in references.items():
+        of_it = label == number
+        qy, qx, *rest = (v[of_it] for v in values)
+        sigma = rest[0] if rest else None
+        g = vectors[of_it].reshape(-1, 2, 2)
+        residuals = mean_residuals(qy, qx, g=g, origin=origin[of_it], sigma=sigma)
+        found[number] = own._replace(residuals=residuals, used=None)
     return found
 
 
@@ -173,7 +233,7 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> Reference:
                 "basis= the reference"
             )
         return Reference(np.linalg.inv(indices) @ vectors, None, None, "given vectors")
-    part, where = lattice, "all positions"
+    part, where, region = lattice, "all positions", (slice(None), slice(None))
     if not isinstance(reference, str):
         if np.shape(reference) != (4,):
             raise ValueError(
@@ -186,7 +246,8 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> Reference:
             raise ValueError(
                 f"reference region {y0}:{y1},{x0}:{x1} is not inside the scan of {ny} x {nx} positions"
             )
-        part, where = lattice.isel(scan_y=slice(y0, y1), scan_x=slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
+        region, where = (slice(y0, y1), slice(x0, x1)), f"region {y0}:{y1},{x0}:{x1}"
+        part = lattice.isel(dict(zip(schema.SCAN_DIMS, region, strict=True)))
     g = np.stack([part[name].values for name in VECTORS], -1).reshape(-1, 4)
     n = int(np.isfinite(g).all(1).sum())
     if not n and not lattice["g1_qy"].notnull().any():
@@ -209,7 +270,9 @@ def _reference(lattice: xr.Dataset, reference: str | ArrayLike) -> Reference:
         shared = float(np.median(own[0])), float(np.median(own[1])) if len(own) > 1 else 0.0
     name = reference.replace("_", " ") if isinstance(reference, str) and reference != "grain" else "median"
     text = f"{name} of {int(used.sum())} of {len(g)} positions, {where}"
-    return Reference(middle, of_middle, shared, text)
+    taken = np.zeros([lattice.sizes[d] for d in schema.SCAN_DIMS], dtype=bool)
+    taken[region] = used.reshape(taken[region].shape)
+    return Reference(middle, of_middle, shared, text, taken)
 
 
 def onto_crystal(

@@ -11,9 +11,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from . import schema
+from . import cepstral, schema
 from .crystal import Crystal
 from .kernels.ellipse import Ellipse, undistort_lattice
+from .kernels.residuals import residual_ratio
 from .kernels.strain import (
     COMPONENTS,
     Convention,
@@ -24,9 +25,11 @@ from .kernels.strain import (
     shared_dilation_left,
     strain_from_F,
     strain_std,
-    with_shared_dilation,
+    with_shared_strain,
 )
+from .layout import check_whole_peaks
 from .pipeline_reference import (
+    ORIGIN,
     VECTORS,
     Reference,
     axis_angle,
@@ -35,6 +38,7 @@ from .pipeline_reference import (
     find_references,
     lattice_numbers,
     onto_crystal,
+    peak_arrays,
 )
 
 Array = NDArray[np.float64]
@@ -56,6 +60,7 @@ def compute_strain(
     rotation_degree: float | None = None,
     transpose: bool | None = None,
     among: xr.Dataset | None = None,
+    peaks: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Strain of every scan position against a reference lattice, with error bars.
 
@@ -99,26 +104,34 @@ def compute_strain(
     among : Dataset, optional
         Where the reference of each `lattice_id` is taken from, if it occurs there: the first of
         :func:`fit_lattices` when `lattice` is the second. Default: `lattice` itself.
+    peaks : Dataset, optional
+        What `lattice` was fitted to. Against a reference in the scan the error bars then hold only what the
+        errors of a position and of its reference do not have in common, as the residuals of their peaks tell:
+        `residual_ratio`, see :func:`fcunet.kernels.residuals.residual_ratio`. Without, position errors count
+        as independent, and shared dilations as alike (:func:`fcunet.kernels.strain.shared_dilation_left`).
 
     Returns
     -------
     Dataset
         `e_xx, e_yy, e_xy` (tensor shear), `theta` (rad) (scan_y, scan_x) float64, each with `_std` float32;
         `valid`; `grain`, connected regions of valid positions; and `F` (.., row, column), detector frame. NaN
-        where there is no lattice. ``attrs["frame"]`` is ``"scan"``, ``"detector"`` or ``"crystal"``.
+        where there is no lattice. With `peaks`, `residual_ratio` where the reference is in the scan.
+        ``attrs["frame"]`` is ``"scan"``, ``"detector"`` or ``"crystal"``.
 
     Raises
     ------
     ValueError
-        If the reference has no valid position, no area, or is another lattice; for unknown options.
+        If the reference has no valid position, no area, or is another lattice; for unknown options; if
+        `peaks` are of another scan.
     """
     schema.check_variables(lattice, schema.LATTICE, required=VECTORS, where="lattice")
+    peaks = _checked_peaks(peaks, lattice)
     grain = find_grains(lattice)
     by_grain = isinstance(reference, str) and reference == "grain"
     member = grain if by_grain else lattice_numbers(lattice)
-    references = find_references(lattice, reference, member)
+    references = find_references(lattice, reference, member, peaks)
     if among is not None and not by_grain:
-        elsewhere = find_references(among, reference, lattice_numbers(among))
+        elsewhere = find_references(among, reference, lattice_numbers(among), peaks)
         references |= {number: elsewhere[number] for number in references if number in elsewhere}
     ellipse = Ellipse(
         float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
@@ -154,10 +167,18 @@ def compute_strain(
     for one in flat.values():
         deformation_gradient(one.g, one.g)
     errors = [name for name in ("covariance", *schema.SHARED_DILATION) if name in lattice]
-    if lattice["g1_qy"].chunks is not None:
-        member = member.chunk(dict(zip(schema.SCAN_DIMS, lattice["g1_qy"].chunks, strict=True)))
     arrays = [*(lattice[name] for name in VECTORS), member, *(lattice[name] for name in errors)]
     matrix = ["parameter", "parameter2"]
+    core: list[list[str]] = [[]] * 5 + [matrix if name == "covariance" else [] for name in errors]
+    measured = any(one.residuals is not None for one in flat.values())
+    if measured and peaks is not None:
+        of_peaks = peak_arrays(peaks, lattice)
+        arrays += [*(lattice[name] for name in ORIGIN), *of_peaks]
+        core += [[]] * len(ORIGIN) + [["peak"]] * len(of_peaks)
+    lazy = next((a.chunksizes for a in arrays if a.chunks is not None), None)
+    if lazy is not None:
+        blocks = {d: lazy[d] for d in schema.SCAN_DIMS}
+        arrays = [a.chunk(blocks) for a in arrays]
     results = xr.apply_ufunc(
         _strain_block,
         *arrays,
@@ -168,20 +189,22 @@ def compute_strain(
             "options": options,
             "ellipse": ellipse,
         },
-        input_core_dims=[[]] * 5 + [matrix if name == "covariance" else [] for name in errors],
-        output_core_dims=[[]] * 13 + [["row", "column"]],
+        input_core_dims=core,
+        output_core_dims=[[]] * 14 + [["row", "column"]],
         dask="parallelized",
-        output_dtypes=[np.float64] * 4 + [np.float32] * 9 + [np.float64],
+        output_dtypes=[np.float64] * 4 + [np.float32] * 10 + [np.float64],
         dask_gufunc_kwargs={"output_sizes": {"row": 2, "column": 2}},
     )
-    names = (*COMPONENTS, *(f"{name}_std" for name in COMPONENTS), *_PRINCIPAL)
+    names = (*COMPONENTS, *(f"{name}_std" for name in COMPONENTS), *_PRINCIPAL, "residual_ratio")
     strain = xr.Dataset(
         {
-            name: array.assign_attrs(schema.STRAIN[name].attrs)
+            name: array.assign_attrs((schema.STRAIN | schema.TRUST)[name].attrs)
             for name, array in zip(names, results, strict=False)
         }
     )
     strain = strain.assign_coords(schema.scan_coords(lattice))
+    if not measured:
+        strain = strain.drop_vars("residual_ratio")
     strain["valid"] = strain["e_xx"].notnull().assign_attrs(schema.STRAIN["valid"].attrs)
     strain["grain"] = grain.where(strain["valid"] | by_grain, 0).astype(np.int32)
     strain["grain"].attrs = schema.STRAIN["grain"].attrs | {
@@ -263,6 +286,22 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
     return errors
 
 
+def _checked_peaks(peaks: xr.Dataset | None, lattice: xr.Dataset) -> xr.Dataset | None:
+    """Peaks that go with `lattice`; None where residuals mean nothing, as of vectors of real space."""
+    if peaks is None or cepstral.in_real_space(peaks):
+        return None
+    schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
+    schema.check_variables(lattice, schema.LATTICE, required=ORIGIN, where="lattice")
+    check_whole_peaks(peaks)
+    sizes = [tuple(one.sizes[d] for d in schema.SCAN_DIMS) for one in (peaks, lattice)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the peaks are of a scan of {sizes[0]} positions and the lattices of {sizes[1]}; "
+            "give the peaks that the lattices were fitted to"
+        )
+    return peaks
+
+
 def _strain_block(
     *arrays: Array,
     errors: Sequence[str],
@@ -271,16 +310,21 @@ def _strain_block(
     options: dict,
     ellipse: Ellipse,
 ):
-    """Vector components, number of the reference, and `errors` in; variables of the strain and F out."""
+    """Vector components, number of the reference, `errors`, and where residuals count the origin and peaks.
+
+    Out come the variables of the strain and F.
+    """
     lead = arrays[0].shape
-    g = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
-    given = dict(zip(errors, arrays[5:], strict=True))
-    g, covariance = undistort_lattice(g, given.get("covariance"), ellipse)
+    measured = np.stack(arrays[:4], -1).astype(np.float64).reshape(*lead, 2, 2)
+    given = dict(zip(errors, arrays[5:], strict=False))
+    spots = arrays[5 + len(errors) :]
+    g, covariance = undistort_lattice(measured, given.get("covariance"), ellipse)
     shared = given.get("shared_dilation_std")
     signed = given.get("shared_dilation", np.zeros(lead))
     member = np.asarray(arrays[4])
     F, turned = (np.full((*lead, 2, 2), np.nan) for _ in range(2))
     std = {f"{name}_std": np.full(lead, np.nan) for name in COMPONENTS}
+    ratio = np.full(lead, np.nan)
     for number in np.unique(member):
         if number not in references:
             continue
@@ -289,18 +333,29 @@ def _strain_block(
         frame = {"rotation_degree": rotations[number], "transpose": options["transpose"]}
         F[here] = deformation_gradient(g[here], reference.g)
         turned[here] = rotate_frame(F[here], **frame)
-        if covariance is not None:
-            of_g = covariance[here]
-            if shared is not None:
-                left = shared_dilation_left(shared[here], signed[here], reference.dilation)
-                of_g = with_shared_dilation(of_g, g[here], left)
-            own = strain_std(
-                g[here], reference.g, of_g, reference_covariance=reference.covariance, **options | frame
+        if reference.residuals is not None:
+            oy, ox, qy, qx, *sigma = (np.asarray(v)[here] for v in spots)
+            ratio[here] = residual_ratio(
+                qy,
+                qx,
+                reference.residuals,
+                g=measured[here],
+                origin=np.stack([oy, ox], -1),
+                sigma=sigma[0] if sigma else None,
             )
+        if covariance is not None:
+            alone = np.where(np.isfinite(ratio[here]), ratio[here], 1.0)[:, None, None] ** 2
+            of_g, of_reference = covariance[here] * alone, reference.covariance
+            if of_reference is not None:
+                of_reference = of_reference * alone
+            if shared is not None:
+                left = shared_dilation_left(shared[here], signed[here], reference.dilation, ratio[here])
+                of_g = with_shared_strain(of_g, g[here], left, signed[here])
+            own = strain_std(g[here], reference.g, of_g, reference_covariance=of_reference, **options | frame)
             for name, values in own.items():
                 std[name][here] = values
     strain = strain_from_F(turned, options["measure"], options["convention"])
     e = strain_from_F(turned, options["measure"])  # principal strains are the same in every convention
     principal = principal_strains(e["e_xx"], e["e_yy"], e["e_xy"])
-    rest = (v.astype(np.float32) for v in (*std.values(), *principal.values()))
+    rest = (v.astype(np.float32) for v in (*std.values(), *principal.values(), ratio))
     return *strain.values(), *rest, F

@@ -143,13 +143,15 @@ def _fit(peaks: xr.Dataset, config: Config, basis: list | None = None) -> list[t
         lattice = _no_lattice(peaks)
         return [(lattice, _no_strain(lattice))]
     first = lattices[0]
-    out = [(first, _computed([compute_strain(_in_bands(first), **settings)])[0])]
+    out = [(first, _computed([compute_strain(_in_bands(first), peaks=peaks, **settings)])[0])]
     for other in lattices[1:]:
         if (other["n_indexed"] > 0).any():
             try:
-                strain = compute_strain(_in_bands(other), among=first, **settings)
+                strain = compute_strain(_in_bands(other), among=first, peaks=peaks, **settings)
             except ValueError:  # another crystal: what is said of the first does not hold for it
-                strain = compute_strain(_in_bands(other), among=first, measure=settings["measure"])
+                strain = compute_strain(
+                    _in_bands(other), among=first, peaks=peaks, measure=settings["measure"]
+                )
             out.append((other, _computed([strain])[0]))
     return out
 
@@ -175,10 +177,16 @@ def _computed(datasets: list[xr.Dataset]) -> list[xr.Dataset]:
         if stop - start < rows and stop < edges[-1]:
             continue
         band = {schema.SCAN_DIMS[0]: slice(start, stop)}
-        parts = dask.compute(*(one[names].isel(band) for one, names in zip(datasets, lazy, strict=True)))
-        for own, part, names in zip(whole, parts, lazy, strict=True):
-            for name in names:
-                own[name].values[start:stop] = part[name].transpose(*schema.SCAN_DIMS, ...).values
+        # arrays: of a dataset whose variables share blocks, dask.compute may lose some (dask 2026.8)
+        parts = dask.compute(
+            *(
+                {name: one[name].isel(band).transpose(*schema.SCAN_DIMS, ...).data for name in names}
+                for one, names in zip(datasets, lazy, strict=True)
+            )
+        )
+        for own, part in zip(whole, parts, strict=True):
+            for name, values in part.items():
+                own[name].values[start:stop] = values
         start = stop
     return [own[list(one.data_vars)] for own, one in zip(whole, datasets, strict=True)]
 

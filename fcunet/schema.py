@@ -183,6 +183,7 @@ DIFFRACTION = _table(
 
 # what a run knows of the trust in each position, beside the strain
 TRUST = _table(
+    Variable("residual_ratio", SCAN_DIMS, "f", "1", "residuals less those of the reference, over residuals"),
     Variable(
         "outside_training",
         SCAN_DIMS,

@@ -8,6 +8,7 @@ import xarray as xr
 
 from fcunet import pipeline_reference, schema
 from fcunet.kernels.ellipse import Ellipse
+from fcunet.kernels.strain import shared_shear
 from fcunet.pipeline import (
     bragg_vector_map,
     compare_with_truth,
@@ -227,15 +228,20 @@ def test_compute_strain__error_bars_hold_a_dilation_shared_by_all_peaks(peaks):
     told = with_dilation(peaks, 4e-4)
     told["shared_dilation_std"][0, 0] = np.nan  # nothing known of it
     alone, shared = (compute_strain(fit_lattice(p), reference=G) for p in (peaks, told))
-    for name in ("e_xx_std", "e_yy_std"):
+    shear = shared_shear(0.0)
+    for name, share in (("e_xx_std", with_shear(0)), ("e_yy_std", with_shear(0)), ("e_xy_std", shear)):
         more = np.sqrt(shared[name] ** 2 - alone[name] ** 2)[:, :6]  # strained by 1 % at most
-        np.testing.assert_allclose(more[1:], 4e-4, rtol=0.02)
+        np.testing.assert_allclose(more[1:], 4e-4 * share, rtol=0.02)
         assert more[0, 0] == 0
-    for name in ("e_xy_std", "theta_std"):
-        np.testing.assert_allclose(shared[name][:, :3], alone[name][:, :3], rtol=1e-3)
+    np.testing.assert_allclose(shared["theta_std"][:, :3], alone["theta_std"][:, :3], rtol=1e-3)
     uniform, same = (fit_lattice(p, weighting="uniform")["covariance"] for p in (told, peaks))
     np.testing.assert_array_equal(uniform, same)  # those bars come from the residuals alone
     assert "shared_dilation_std" not in fit_lattice(told, weighting="uniform")
+
+
+def with_shear(signed):
+    """What e_xx and e_yy have of a shared dilation, with the shear that goes with it."""
+    return np.hypot(1, shared_shear(signed))
 
 
 def with_dilation(peaks, std, signed=0.0):
@@ -252,8 +258,8 @@ def test_compute_strain__a_shared_dilation_cancels_in_the_same_crystal(peaks):
     bars, wider = (compute_strain(one, reference=region) for one in (alone, shared))
     more = np.sqrt(wider["e_xx_std"] ** 2 - bars["e_xx_std"] ** 2)[:, :6]  # strained by 1 % at most
     # of errors alike to 0.8: sqrt(r^2 + s^2 - 1.6 r s)
-    np.testing.assert_allclose(more[:, :3], np.sqrt(0.4) * 4e-3, rtol=0.02)
-    np.testing.assert_allclose(more[:, 4:], np.sqrt(5.8) * 1e-3, rtol=0.02)
+    np.testing.assert_allclose(more[:, :3], with_shear(0) * np.sqrt(0.4) * 4e-3, rtol=0.02)
+    np.testing.assert_allclose(more[:, 4:], with_shear(0) * np.sqrt(5.8) * 1e-3, rtol=0.02)
     assert wider.attrs["shared_dilation_ref"] == pytest.approx([4e-3, 0])
     assert "shared_dilation_ref" not in bars.attrs
     lazy = compute_strain(shared.chunk(scan_y=3), reference=region)
@@ -266,7 +272,7 @@ def test_compute_strain__a_shared_dilation_of_known_sign_cancels_wholly(peaks):
     bars, wider = (compute_strain(one, reference=(0, 8, 0, 3)) for one in (alone, shared))
     more = np.sqrt(wider["e_xx_std"] ** 2 - bars["e_xx_std"] ** 2)[:, :6]  # strained by 1 % at most
     np.testing.assert_allclose(more[:, :3], 0, atol=1e-5)
-    np.testing.assert_allclose(more[:, 4:], 1e-3, rtol=0.03)
+    np.testing.assert_allclose(more[:, 4:], with_shear(1e-3) * 1e-3, rtol=0.03)
 
 
 def test_compute_strain__shared_dilations_of_opposite_sign_add_up(peaks):
@@ -275,7 +281,102 @@ def test_compute_strain__shared_dilations_of_opposite_sign_add_up(peaks):
     bars, wider = (compute_strain(one, reference=(0, 8, 0, 3))["e_xx_std"] for one in (alone, shared))
     more = np.sqrt(wider**2 - bars**2)[:, :6]
     np.testing.assert_allclose(more[:, :3], 0, atol=1e-5)
-    np.testing.assert_allclose(more[:, 4:], 3e-3, rtol=0.03)
+    np.testing.assert_allclose(more[:, 4:], with_shear(1e-3) * 3e-3, rtol=0.03)
+
+
+def textured_peaks(alike, seed=0, electrons=0.03):
+    """An unstrained scan of 24 x 24 whose disks lie beside their sites by 0.1 px, in part all alike."""
+    rng = np.random.default_rng(seed)
+    sites = SITES[(np.abs(SITES @ G) < 100).all(1)]
+    texture, own = rng.normal(size=(1, len(sites), 2)), rng.normal(size=(576, len(sites), 2))
+    errors = 0.1 * (np.sqrt(alike) * texture + np.sqrt(1 - alike) * own)
+    errors = errors + electrons * rng.normal(size=own.shape)
+    q = (np.array([127.0, 130.0]) + sites @ G + errors).reshape(24, 24, -1, 2)
+    values = {"peak_qy": q[..., 0], "peak_qx": q[..., 1], "peak_sigma": np.full(q.shape[:3], 0.11)}
+    return xr.Dataset({k: (DIMS, v) for k, v in values.items()}, attrs={"detector_shape": [256, 256]})
+
+
+REGIONS = ["median", (4, 20, 3, 9)]
+
+
+@pytest.mark.parametrize("reference", REGIONS)
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9, 1.0])
+def test_compute_strain__with_peaks_an_unstrained_scan_spreads_by_its_error_bars(alike, reference):
+    peaks = textured_peaks(alike)
+    strain = compute_strain(fit_lattice(peaks, basis=G), reference=reference, peaks=peaks)
+    schema.check_variables(strain, schema.STRAIN | schema.TRUST, required=["residual_ratio"])
+    z = [strain[c] / strain[f"{c}_std"] for c in schema.STRAIN_COMPONENTS]
+    # where all is alike the prior of `residual_ratio` makes the bars 6 % too wide
+    assert float(np.std(z)) == pytest.approx(1, abs=0.07)
+    expected = np.sqrt(((1 - alike) * 0.1**2 + 0.03**2) / (0.1**2 + 0.03**2))
+    assert float(strain["residual_ratio"].median()) == pytest.approx(expected, rel=0.12)
+
+
+def test_compute_strain__without_peaks_the_bars_are_those_of_each_lattice():
+    peaks = textured_peaks(0.9)
+    lattice = fit_lattice(peaks, basis=G)
+    plain, own = compute_strain(lattice), compute_strain(lattice, peaks=peaks)
+    assert "residual_ratio" not in plain
+    np.testing.assert_array_equal(plain["e_xx"], own["e_xx"])  # strain itself is the same
+    ratio = (own["e_xx_std"] / plain["e_xx_std"]).values
+    np.testing.assert_allclose(ratio, own["residual_ratio"], rtol=1e-4)
+    assert "residual_ratio" not in compute_strain(lattice, reference=G, peaks=peaks)  # exact, of no pattern
+    np.testing.assert_array_equal(
+        compute_strain(lattice, reference=G, peaks=peaks)["e_xx_std"],
+        compute_strain(lattice, reference=G)["e_xx_std"],
+    )
+
+
+@pytest.mark.parametrize("reference", [*REGIONS, "grain"])
+def test_compute_strain__with_lazy_peaks_is_lazy_and_the_same(reference):
+    peaks = textured_peaks(0.7)
+    lattice = fit_lattice(peaks, basis=G)
+    expected = compute_strain(lattice, reference=reference, peaks=peaks)
+    chunked = (lattice, peaks.chunk(scan_y=7, scan_x=5)), (lattice.chunk(scan_y=10), peaks)
+    for of_lattice, of_peaks in chunked:
+        lazy = compute_strain(of_lattice, reference=reference, peaks=of_peaks)
+        assert lazy["e_xx_std"].chunks is not None
+        xr.testing.assert_allclose(lazy.compute(), expected, rtol=1e-6)
+
+
+def test_compute_strain__sees_where_a_scan_is_unlike_its_reference():
+    peaks = textured_peaks(1.0)
+    other = textured_peaks(1.0, seed=7)  # another crystal, as far as the disks tell
+    mixed = xr.where(peaks["scan_x"] < 12, peaks, other).transpose(*DIMS).assign_attrs(peaks.attrs)
+    strain = compute_strain(fit_lattice(mixed, basis=G), reference=(0, 24, 0, 12), peaks=mixed)
+    ratio = strain["residual_ratio"].median("scan_y")
+    assert float(ratio[:12].max()) < 0.35
+    assert float(ratio[12:].min()) > 1.2  # of two textures, and only one of them is that of the lattice
+
+
+def test_compute_strain__takes_the_peaks_of_the_scan_and_no_others(peaks, lattice):
+    with pytest.raises(ValueError, match=r"scan of \(8, 9\) positions and the lattices of \(8, 10\)"):
+        compute_strain(lattice, peaks=peaks.isel(scan_x=slice(0, 9)))
+    with pytest.raises(ValueError, match="peak_qx"):
+        compute_strain(lattice, peaks=peaks.drop_vars("peak_qx"))
+    with pytest.raises(ValueError, match="chunk"):
+        compute_strain(lattice, peaks=peaks.chunk(peak=5))
+
+
+def test_fit_lattice__corrects_sigma_by_the_scatter_of_the_scan():
+    rng = np.random.default_rng(4)
+    peaks = make_peaks(noise=0.0)
+    stated = np.where(peaks["peak_qy"].notnull(), np.geomspace(0.02, 0.4, peaks.sizes["peak"]), np.nan)
+    scatter = 0.08 * (stated / 0.08) ** 1.6  # weak disks are worse, and strong ones better, than they seem
+    for name in ("peak_qy", "peak_qx"):
+        peaks[name] = peaks[name] + scatter * rng.normal(size=stated.shape)
+    peaks["peak_sigma"] = (DIMS, stated)
+    lattice, plain = fit_lattice(peaks, basis=G), fit_lattice(peaks, basis=G, sigma_from_scan=False)
+    knots, factors = np.array(lattice.attrs["sigma_stated_px"]), np.array(lattice.attrs["sigma_factor"])
+    np.testing.assert_allclose(factors[1:-1], (knots / 0.08)[1:-1] ** 0.6, rtol=0.2)
+    assert "sigma_factor" not in plain.attrs
+    error, error_plain = (
+        np.stack([compute_strain(one, reference=G)["F"].values - truth()]) for one in (lattice, plain)
+    )
+    assert np.sqrt((error**2).mean()) < 0.95 * np.sqrt((error_plain**2).mean())
+    strain = compute_strain(lattice, reference=G)
+    e_xx = error[0, ..., 1, 1] / strain["e_xx_std"].values
+    assert np.std(e_xx) == pytest.approx(1, abs=0.2)  # 80 positions: 0.08
 
 
 def test_compare_with_truth__counts_error_bars():

@@ -9,9 +9,12 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from .. import plot, schema
+from ..cepstral import in_real_space
 from ..kernels.lattice import fit_lattice
+from ..kernels.residuals import residual_ratio
 from ..kernels.strain import strain_std
 from ..pipeline import compute_strain, virtual_image
+from ..pipeline_reference import Reference, corrected_sigma, find_references, lattice_numbers
 from ..plot.lines import Position, along_line
 from ..schema import STRAIN_COMPONENTS
 from .sources import Sources
@@ -19,7 +22,6 @@ from .sources import Sources
 Array = NDArray[np.float64]
 Region = tuple[int, int, int, int]
 
-_VECTORS = schema.LATTICE_PARAMETERS[2:]
 DETECTOR = "virtual detector"
 
 
@@ -142,6 +144,7 @@ class Maps:
     sources: Sources
     virtual: xr.DataArray | None = None
     _strain: dict[Any, xr.Dataset] = field(default_factory=dict)
+    _reference: dict[Region, dict[int, Reference]] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> list[str]:
@@ -173,7 +176,8 @@ class Maps:
     def lattice(self) -> xr.Dataset:
         """The lattice vectors of every position, in memory, without their covariance."""
         lattice = self.sources.tree["lattice"].dataset
-        return lattice[[n for n in (*_VECTORS, *schema.SHARED_DILATION) if n in lattice]].load()
+        names = (*schema.LATTICE_PARAMETERS, "lattice_id", *schema.SHARED_DILATION)
+        return lattice[[n for n in names if n in lattice]].load()
 
     def strain(self, view: View) -> xr.Dataset:
         """`e_xx, e_yy, e_xy, theta` under the reference and the frame of `view`."""
@@ -274,13 +278,14 @@ class Maps:
         if view.min_intensity <= 0 or self.sources.peaks is None or not np.isfinite(g).all():
             return origin, g, covariance
         peaks, strong = self.peaks_shown(view)
+        sigma = corrected_sigma(peaks["peak_sigma"], self.lattice.attrs)
         fit = fit_lattice(
             peaks["peak_qy"][strong],
             peaks["peak_qx"][strong],
             g=g,
             origin=origin,
-            sigma=peaks["peak_sigma"][strong] if np.isfinite(peaks["peak_sigma"]).all() else None,
-            weighting="sigma" if np.isfinite(peaks["peak_sigma"]).all() else "uniform",
+            sigma=sigma[strong] if np.isfinite(sigma).all() else None,
+            weighting="sigma" if np.isfinite(sigma).all() else "uniform",
             min_num_peaks=3,
         )
         return fit.origin, fit.g, fit.covariance
@@ -311,6 +316,36 @@ class Maps:
         values, errors = self._of_lattice(view, g[None], covariance[None])
         return {c: (float(values[c][0]), float(errors[f"{c}_std"][0])) for c in STRAIN_COMPONENTS}
 
+    def residual_ratio_at(self, view: View) -> float:
+        """How unlike the reference of `view` the pattern at the position is; NaN where that is not known."""
+        y, x = view.position
+        if view.reference is None:
+            return float(self.stored("residual_ratio")[y, x]) if self.has("residual_ratio") else np.nan
+        reference = self._references(view.reference).get(int(lattice_numbers(self.lattice)[y, x]))
+        if reference is None or reference.residuals is None:
+            return np.nan
+        origin, g, _ = self.sources.lattice_at(y, x)
+        peaks = self.sources.peaks_at(y, x)
+        sigma = corrected_sigma(peaks["peak_sigma"], self.lattice.attrs)
+        ratio = residual_ratio(
+            peaks["peak_qy"][None],
+            peaks["peak_qx"][None],
+            reference.residuals,
+            g=g[None],
+            origin=origin[None],
+            sigma=sigma[None] if np.isfinite(sigma).all() else None,
+        )
+        return float(ratio[0])
+
+    def _references(self, region: Region) -> dict[int, Reference]:
+        """Reference lattices of a region, with the residuals of their peaks if those are at hand."""
+        peaks = self.sources.peaks
+        known = peaks is not None and not in_real_space(peaks)
+        if known and region not in self._reference:
+            numbers = lattice_numbers(self.lattice)
+            self._reference = {region: find_references(self.lattice, region, numbers, peaks)}
+        return self._reference.get(region, {})
+
     def _of_lattice(self, view: View, g: Array, covariance: Array) -> tuple[dict, dict]:
         """Strain and its error bars of some lattices (n, 2, 2), against the reference of `view`."""
         from ..kernels.ellipse import Ellipse, undistort_lattice
@@ -319,17 +354,18 @@ class Maps:
             rotate_frame,
             shared_dilation_left,
             strain_from_F,
-            with_shared_dilation,
+            with_shared_strain,
         )
 
         attrs = self.strain(view).attrs
         ellipse = Ellipse(attrs.get("ellipse_ratio", 1.0), attrs.get("ellipse_angle_degree", 0.0))
         g_ref = np.array([attrs["g1_ref_px"], attrs["g2_ref_px"]], dtype=float)  # as measured
         g_ref, _ = undistort_lattice(g_ref, None, ellipse)
-        left = shared_dilation_left(
-            *self.sources.shared_dilation_at(*view.position), attrs.get("shared_dilation_ref")
-        )
-        covariance = with_shared_dilation(covariance, g, left)
+        ratio = self.residual_ratio_at(view)
+        std, signed = self.sources.shared_dilation_at(*view.position)
+        left = shared_dilation_left(std, signed, attrs.get("shared_dilation_ref"), ratio)
+        covariance = covariance * (ratio**2 if np.isfinite(ratio) else 1.0)
+        covariance = with_shared_strain(covariance, g, left, signed)
         g, undistorted = undistort_lattice(g, covariance, ellipse)
         covariance = covariance if undistorted is None else undistorted
         turn: dict[str, Any] = {

@@ -21,7 +21,8 @@ COMPONENTS = ("e_xx", "e_yy", "e_xy", "theta")
 
 Array = NDArray[np.float64]
 
-_ALIKE_UNSIGNED = 0.8  # of shared dilations without a sign; `benchmarks.neighbours --split train`
+_ALIKE_UNSIGNED = 0.8  # of shared dilations without a sign, where the peaks are not at hand
+_SHEAR = (0.35, 0.2)  # that goes with a shared dilation without and with a sign
 _CHUNK = 16384  # positions whose 4 x 4 covariances are held at once: a few MB
 
 
@@ -213,13 +214,15 @@ def strain_std(
     covariance = _lattice_block(covariance)
     lead = g.shape[:-2]
     flat, flat_covariance = g.reshape(-1, 2, 2), np.broadcast_to(covariance, (*lead, 4, 4)).reshape(-1, 4, 4)
+    of_reference = np.zeros((4, 4)) if reference_covariance is None else _lattice_block(reference_covariance)
+    of_reference = np.broadcast_to(of_reference, (*lead, 4, 4)).reshape(-1, 4, 4)
     out = {f"{name}_std": np.empty(len(flat)) for name in COMPONENTS}
     step = 1e-5  # central differences: truncation 1e-10, rounding 1e-11
     for start in range(0, len(flat), _CHUNK):
         part = slice(start, start + _CHUNK)
         F = deformation_gradient(flat[part], g_ref)
         of_F = gradient_covariance(
-            flat[part], g_ref, flat_covariance[part], reference_covariance=reference_covariance
+            flat[part], g_ref, flat_covariance[part], reference_covariance=of_reference[part]
         )
         gradient = np.empty((len(F), 4, 4))  # component of the strain, component of F
         for j in range(4):
@@ -241,11 +244,11 @@ def strain_std(
     return {name: values.reshape(lead) for name, values in out.items()}
 
 
-def with_shared_dilation(covariance: ArrayLike, g: ArrayLike, std: ArrayLike) -> Array:
-    """Covariance of lattices whose peaks share a dilation that the fit cannot see.
+def with_shared_strain(covariance: ArrayLike, g: ArrayLike, std: ArrayLike, signed: ArrayLike = 0.0) -> Array:
+    """Covariance of lattices whose peaks share a strain that the fit cannot see.
 
-    A detector may misjudge the disks of one pattern alike, all outwards or all inwards. Such an error leaves
-    no residual and does not average out over the peaks.
+    A detector may misjudge the disks of one pattern alike, all outwards or all inwards, and by more along one
+    direction. Such an error leaves no residual and does not average out over the peaks.
 
     Parameters
     ----------
@@ -254,21 +257,42 @@ def with_shared_dilation(covariance: ArrayLike, g: ArrayLike, std: ArrayLike) ->
     g : array_like, shape (..., 2, 2)
         Lattice vectors, rows g1, g2, px.
     std : array_like, shape (...) or ()
-        Standard deviation of the shared dilation, a strain; NaN counts as 0.
+        Standard deviation of the shared dilation, a strain; NaN counts as 0. The shears that go with it:
+        :func:`shared_shear`.
+    signed : array_like, shape (...) or ()
+        The part of it whose direction is known.
 
     Returns
     -------
     array, shape (..., 6, 6)
         px^2. The origin, which such an error moves little, is as before.
     """
-    vectors = np.asarray(g, dtype=np.float64).reshape(*np.shape(g)[:-2], 4)
+    vectors = np.asarray(g, dtype=np.float64)
     out = np.array(covariance, dtype=np.float64)
-    variance = np.square(np.nan_to_num(np.asarray(std, dtype=np.float64)))[..., None, None]
-    out[..., 2:, 2:] += variance * vectors[..., :, None] * vectors[..., None, :]
+    dilation = np.nan_to_num(np.asarray(std, dtype=np.float64))
+    shear = dilation * shared_shear(signed)
+    for strain, size in ((np.eye(2), dilation), (np.diag([1.0, -1.0]), shear), (np.eye(2)[::-1], shear)):
+        moved = (vectors @ strain).reshape(*vectors.shape[:-2], 4)
+        out[..., 2:, 2:] += np.square(size)[..., None, None] * moved[..., :, None] * moved[..., None, :]
     return out
 
 
-def shared_dilation_left(std: ArrayLike, signed: ArrayLike, reference: tuple[float, float] | None) -> Array:
+def shared_shear(signed: ArrayLike) -> Array:
+    """Shear that the disks of a pattern share, in units of the dilation that they share.
+
+    Of each, (e_xx - e_yy) / 2 and e_xy, standard deviations; a rotation they do not share. Measured on
+    crystals of the training and held-out ones: 0.35 of a dilation without a sign
+    (the network), 0.2 of one with (correlation).
+    """
+    return np.where(np.nan_to_num(np.asarray(signed, dtype=np.float64)) == 0, *_SHEAR)
+
+
+def shared_dilation_left(
+    std: ArrayLike,
+    signed: ArrayLike,
+    reference: tuple[float, float] | None,
+    ratio: ArrayLike | None = None,
+) -> Array:
     """What a shared dilation leaves of itself in the difference of two lattices.
 
     Parameters
@@ -279,6 +303,8 @@ def shared_dilation_left(std: ArrayLike, signed: ArrayLike, reference: tuple[flo
         The part of it whose direction is known, with its sign.
     reference : (float, float), optional
         Both of the reference, a pattern of the same crystal. None: the reference is exact.
+    ratio : array_like, optional
+        How unlike the two are: :func:`fcunet.kernels.residuals.residual_ratio`. NaN: not known.
 
     Returns
     -------
@@ -289,19 +315,23 @@ def shared_dilation_left(std: ArrayLike, signed: ArrayLike, reference: tuple[flo
     -----
     Patterns of one crystal err alike, by amounts that their standard deviations tell. Of the signed parts a
     and b, and the rests r and s, ``sqrt((a - b)^2 + (r - s)^2)`` is left. A detector that knows no sign (the
-    network) states less of what patterns have in common: there the rests are taken as alike to 0.8,
-    ``sqrt(r^2 + s^2 - 1.6 r s)``: so one and two bars hold 71 and 95 % of the differences of patterns 4 mrad
-    or a tenth of the thickness apart, on crystals of the training. Of nearer patterns they hold more, because
-    part of the independent errors cancels as well (``benchmarks/results/neighbours.md``). Where the
-    composition changes they are too small.
+    network) states less of what patterns have in common: there ``ratio^2 sqrt((r^2 + s^2) / 2)`` is left, as
+    seen on crystals of the training (`benchmarks.neighbours`), and without `ratio` the rests are taken as
+    alike to 0.8, ``sqrt(r^2 + s^2 - 1.6 r s)``.
     """
     total, known = (np.nan_to_num(np.asarray(v, dtype=np.float64)) for v in (std, signed))
     if reference is None:
         return np.asarray(total)
+    unsigned = (known == 0) & (reference[1] == 0)
     rest, rest_of_reference = (np.sqrt(np.maximum(t**2 - k**2, 0)) for t, k in ((total, known), reference))
-    alike = np.where((known == 0) & (reference[1] == 0), _ALIKE_UNSIGNED, 1.0)
+    alike = np.where(unsigned, _ALIKE_UNSIGNED, 1.0)
     square = (rest - rest_of_reference) ** 2 + 2 * (1 - alike) * rest * rest_of_reference
-    return np.asarray(np.hypot(known - reference[1], np.sqrt(square)))
+    left = np.hypot(known - reference[1], np.sqrt(square))
+    if ratio is None:
+        return np.asarray(left)
+    unlike = np.asarray(ratio, dtype=np.float64)
+    measured = unlike**2 * np.sqrt((total**2 + reference[0] ** 2) / 2)
+    return np.where(unsigned & np.isfinite(unlike), measured, left)
 
 
 def principal_strains(e_xx: ArrayLike, e_yy: ArrayLike, e_xy: ArrayLike) -> dict[str, Array]:

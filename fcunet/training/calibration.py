@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernels.strain import shared_shear
 from ..nn.disks import CURVE_COUNTS, CURVE_OCTAVES
 from ..nn.model import Network, disk_radius
 from ..nn.published import build_network
@@ -14,7 +15,7 @@ from .evaluate import Batch, Detector, affine_error, evaluate, match_peaks, netw
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 _FEWEST = 50  # disks of one size, from which their errors are judged
 FLOORS_PX = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
-DILATION_SCALES = (0.0, *(round(0.25 * 1.15**k, 3) for k in range(25)))
+DILATION_SCALES = (0.0, *(round(0.25 * 1.07**k, 3) for k in range(50)))
 # Held-out patterns allow none at all, but in a single crystal the network errs alike everywhere by some 5e-5.
 DILATION_FLOORS = tuple(round(5e-5 * k, 6) for k in range(1, 21))
 
@@ -130,12 +131,13 @@ def fit_dilation(sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, floa
     scale, floor : float
         The latter a strain. 1 and 0 if there is nothing to fit.
     """
+    with_shear = 1 + float(shared_shear(0.0)) ** 2
     best, answer = float("inf"), (1.0, 0.0)
     for floor in DILATION_FLOORS:
         for scale in DILATION_SCALES:
             cost = 0.0
             for error, std, predicted in sets:
-                shared = (scale * predicted).square() + floor**2
+                shared = with_shear * ((scale * predicted).square() + floor**2)
                 cost += miscoverage(error.abs() / (std.square() + shared[:, None]).sqrt())
             if sets and cost < best:
                 best, answer = cost, (scale, floor)

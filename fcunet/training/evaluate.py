@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.peaks import Peaks
+from ..kernels.strain import shared_shear
 from ..nn.detect import detect
 from ..nn.model import FCUNet, Network, disk_radius
 
@@ -47,6 +48,7 @@ class Matches(NamedTuple):
     sigma: Tensor  # (n, S) px
     amplitude: Tensor  # (n, S) volts; NaN if not found
     dilation_std: Tensor  # (n,) a strain that the positions of a pattern share
+    dilation: Tensor  # (n,) the part of it with a known sign
     n_false: Tensor  # (n,) peaks on no lit spot
     n_peaks: Tensor  # (n,)
 
@@ -96,6 +98,7 @@ def match_peaks(peaks: Peaks, batch: Batch, *, margin_px: float = 0.0, match_px:
         sigma=of(peaks.sigma),
         amplitude=of(peaks.intensity),
         dilation_std=peaks.dilation_std,
+        dilation=peaks.dilation,
         n_false=false.sum(1),
         n_peaks=real.sum(1),
     )
@@ -142,6 +145,24 @@ def affine_error(
     )
 
 
+def component_errors(fit: AffineErrors, matches: Matches) -> tuple[Tensor, Tensor]:
+    """Errors of e_xx, e_yy, e_xy and theta, and what a run would state for them; (n, 4) each.
+
+    The latter hold the dilation that all peaks of a pattern share and what goes with it, as in
+    :func:`fcunet.kernels.strain.with_shared_strain`; its NaN counts as 0.
+    """
+    (yy, yx), (xy, xx) = (row.unbind(-1) for row in fit.strain.unbind(1))
+    error = torch.stack((xx, yy, (xy + yx) / 2, (xy - yx) / 2), dim=1)
+    along_y, along_x = fit.std.unbind(1)
+    turned = torch.hypot(along_y, along_x) / 2
+    independent = torch.stack((along_x, along_y, turned, turned), dim=1)
+    dilation = torch.nan_to_num(matches.dilation_std).to(independent)
+    shear = dilation * torch.as_tensor(shared_shear(matches.dilation.numpy()))
+    both = torch.hypot(dilation, shear)
+    shared = torch.stack((both, both, shear, torch.zeros_like(both)), dim=1)
+    return error, torch.hypot(independent, shared)
+
+
 class Totals:
     """Gathers matches over batches; :meth:`figures` condenses them."""
 
@@ -151,6 +172,7 @@ class Totals:
     def add(self, matches: Matches, batch: Batch) -> None:
         """Keep what the figures need of one batch."""
         affine, uniform = (affine_error(matches, batch.spot_position, weighted=w) for w in (True, False))
+        error, std = component_errors(affine, matches)
         electrons = torch.nan_to_num(batch.spot_electrons)
         radius2 = torch.nan_to_num((batch.spot_position - batch.origin[:, None]).square().sum(-1), nan=0.0)
         keep = matches.found & matches.wanted
@@ -167,7 +189,7 @@ class Totals:
                 "error": matches.error[keep],
                 "sigma": matches.sigma[keep],
                 "strain": affine.strain.flatten(1),
-                "strain_std": torch.hypot(affine.std, matches.dilation_std[:, None].to(affine.std)),
+                "in_bars": error.abs()[:, :2] / std[:, :2],  # of e_xx and e_yy
                 "strain_uniform": uniform.strain.flatten(1),
                 "truth": truth[beams],
                 "predicted": matches.amplitude[beams],
@@ -191,8 +213,7 @@ class Totals:
             return _number((a - b).abs().sum() / a.sum().clamp_min(1e-9))
 
         strain = t["strain"][torch.isfinite(t["strain"]).all(1)]
-        in_bars = (t["strain"][:, [0, 3]].abs() / t["strain_std"]).flatten()  # of e_yy and e_xx
-        in_bars = in_bars[torch.isfinite(in_bars)]
+        in_bars = t["in_bars"][torch.isfinite(t["in_bars"])]
         uniform = t["strain_uniform"][torch.isfinite(t["strain_uniform"]).all(1)]
         return {
             "recall": _number(t["found"].sum() / t["wanted"].sum().clamp_min(1)),

@@ -1,13 +1,22 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fcunet.kernels.peaks import Peaks
+from fcunet.kernels.strain import shared_shear
 from fcunet.nn.disks import CURVE_OCTAVES, DiskReading, straighten
 from fcunet.nn.weights import load_model
 from fcunet.training.calibration import fit_curve, fit_dilation, fit_sigma
-from fcunet.training.evaluate import affine_error, evaluate, match_peaks, surviving_dilation
+from fcunet.training.evaluate import (
+    Matches,
+    affine_error,
+    component_errors,
+    evaluate,
+    match_peaks,
+    surviving_dilation,
+)
 
 
 def peaks_at(position, intensity, sigma=0.1, slots=200):
@@ -81,6 +90,27 @@ def test_affine_error__knows_its_own_spread(batch):
     assert float(ratio.square().mean()) == pytest.approx(1, rel=0.1)  # 1600 values: 3.5 %
 
 
+@pytest.mark.parametrize("signed", [0.0, -1e-3])
+def test_component_errors__hold_independent_and_shared_errors(signed):
+    generator = torch.Generator().manual_seed(3)
+    n = 20_000
+    q = torch.tensor([[20.0 * y, 30.0 * x] for y in range(-3, 4) for x in range(-3, 4)]).double()
+    share = float(shared_shear(signed))
+    size = 3e-3 * torch.tensor([[1.0], [share], [share]])
+    dilation, pure, shear = size * torch.randn(3, n, generator=generator).double()
+    shared = torch.stack((dilation - pure, shear, shear, dilation + pure), -1).view(n, 2, 2)
+    error = q @ shared + 0.4 * torch.randn(n, len(q), 2, generator=generator)
+    matches = Matches(
+        *torch.ones(2, n, len(q), dtype=torch.bool), error, *torch.full((2, n, len(q)), 0.4),
+        torch.full((n,), 3e-3), torch.full((n,), signed), *torch.zeros(2, n),
+    )  # fmt: skip
+    found, std = component_errors(affine_error(matches, q.expand(n, -1, -1)), matches)
+    np.testing.assert_allclose((found / std).square().mean(0).sqrt(), 1.0, atol=0.02)
+    e_xx = dilation + pure
+    assert torch.corrcoef(torch.stack((found[:, 0], e_xx)))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack((found[:, 2], shear)))[0, 1] > 0.5  # beside what is independent
+
+
 def test_fit_dilation__finds_what_is_shared():
     generator = torch.Generator().manual_seed(1)
     sets = []
@@ -88,10 +118,11 @@ def test_fit_dilation__finds_what_is_shared():
         bars = torch.full((20_000, 2), std)
         stated = 2e-3 * torch.rand(20_000, generator=generator)
         shared = torch.hypot(0.5 * stated, torch.tensor(3e-4)) * torch.randn(20_000, generator=generator)
+        shared = shared * (1 + float(shared_shear(0.0)) ** 2) ** 0.5  # of e_xx and e_yy
         error = shared[:, None] + bars * torch.randn(20_000, 2, generator=generator)
         sets.append((error, bars, stated))
     scale, floor = fit_dilation(sets)
-    assert scale == pytest.approx(0.5, rel=0.1)  # its grid has steps of 15 %
+    assert scale == pytest.approx(0.5, rel=0.1)  # its grid has steps of 7 %
     assert floor == pytest.approx(3e-4, abs=6e-5)  # and of 5e-5
     assert fit_dilation([]) == (1.0, 0.0)
 

@@ -1,0 +1,250 @@
+"""What the residuals of a scan, peak less lattice site, tell of the errors of its peaks (NumPy).
+
+How large they are. What a detector states of a peak holds on average over many crystals; in one crystal weak
+disks may scatter by twice as much and strong ones by half, which shows in the residuals of many patterns
+(:func:`fit_sigma_curve`). Weights and error bars are right only where that is known.
+
+And how much two patterns have in common. A disk lit unevenly is found beside its middle, in every pattern
+like this one by the same amount: no error of a strain between two such patterns, although it is one of each
+lattice. Two patterns tell how alike they are by their residuals, reflection by reflection
+(:func:`residual_ratio`). Their difference is the scatter that counts for the difference of the lattices;
+noise, which is never alike, is part of it.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .lattice_index import index_peaks, normal_equations, residuals, row_median, well_posed
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+_CUT = 4.685  # Tukey's, of the robust fit: peaks farther out are not part of the lattice
+_PRIOR_DOF = 1.0  # keeps residuals that agree by chance, where there are few, from meaning too much
+_FEWEST = 0.25  # of the patterns of a reference must show a reflection, else its mean is left out
+_CHUNK = 2**18  # peaks at a time: some 50 MB
+_BIN, _MOST_BINS = 100, 8  # peaks that one factor of a curve is fitted to, at least; and how many of those
+_FREE = 0.8  # a peak that decides the fit by more than this has no residual worth the name
+_FAR = 12.0  # times the median: squared residuals beyond count as that
+_FACTORS = (0.25, 4.0)  # what a scan may correct stated errors by
+
+
+class SigmaCurve(NamedTuple):
+    """By what to multiply stated standard deviations; between the knots linear in both logarithms."""
+
+    sigma: Array  # (m,) px, ascending
+    factor: Array  # (m,)
+
+    def applied(self, sigma: ArrayLike) -> Array:
+        """Corrected standard deviations, of any shape; beyond the knots the factor is that of the last."""
+        sigma = np.asarray(sigma, dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factor = np.exp(np.interp(np.log(sigma), np.log(self.sigma), np.log(self.factor)))
+        return np.asarray(sigma * factor)
+
+
+class SiteResiduals(NamedTuple):
+    """Mean residuals of some patterns of one crystal."""
+
+    hk: IntArray  # (m, 2) indices of the reflections
+    mean: Array  # (m, 2) peak less site (y, x), px
+    n_patterns: IntArray  # (m,) patterns it is the mean of
+
+
+class _Members(NamedTuple):
+    """Peaks (n, P) of n lattices, relative to their sites; weight 0 where a peak is not part of the fit."""
+
+    h: IntArray
+    k: IntArray
+    ry: Array
+    rx: Array
+    weight: Array
+
+
+def fit_sigma_curve(
+    qy: ArrayLike,
+    qx: ArrayLike,
+    sigma: ArrayLike,
+    *,
+    g: ArrayLike,
+    origin: ArrayLike,
+    curve: SigmaCurve | None = None,
+) -> SigmaCurve | None:
+    """How far peaks scatter about their lattices, by what is stated of them.
+
+    Parameters
+    ----------
+    qy, qx, sigma : array_like, shape (n, P)
+        Peaks of n patterns and their stated standard deviations, px, NaN-padded.
+    g, origin : array_like, shape (n, 2, 2) and (n, 2)
+        Lattices that were fitted to them, px; NaN where there is none.
+    curve : SigmaCurve, optional
+        The correction that the lattices were fitted with. None: `sigma` as it is.
+
+    Returns
+    -------
+    SigmaCurve or None
+        Up to 8 knots with as many peaks each, at least 100; None if there are fewer. Factors are root mean
+        squares of the residuals over `sigma`, each peak's divided by sqrt(1 - h), with h the share by which
+        it decides the fit (leverage; MacKinnon and White, doi:10.1016/0304-4076(85)90158-7).
+    """
+    stated = np.asarray(sigma, dtype=np.float64)
+    used = stated if curve is None else curve.applied(stated)
+    columns = []
+    for members, rows in _members(qy, qx, g, origin, used):
+        a = np.stack([np.ones_like(members.ry), members.h, members.k], -1)
+        normal, _ = normal_equations(members.weight, members.h, members.k, members.ry, members.rx)
+        solvable = well_posed(normal)
+        inverse = np.linalg.inv(np.where(solvable[:, None, None], normal, np.eye(3)))
+        share = members.weight * np.einsum("npi,nij,npj->np", a, inverse, a, optimize=True)
+        kept = (members.weight > 0) & (share < _FREE) & solvable[:, None]
+        own = stated[rows][kept]
+        squared = (members.ry**2 + members.rx**2)[kept] / (2 * (1 - share[kept])) / own**2
+        columns.append(np.stack([own, squared]))
+    own, squared = np.concatenate(columns, axis=1) if columns else np.zeros((2, 0))
+    bins = min(len(own) // _BIN, _MOST_BINS)
+    if not bins:
+        return None
+    knots, factors = [], []
+    for part in np.array_split(np.argsort(own, kind="stable"), bins):
+        values = np.minimum(squared[part], _FAR * np.median(squared[part]))
+        knots.append(np.exp(np.log(own[part]).mean()))
+        factors.append(np.clip(np.sqrt(values.mean()), *_FACTORS))
+    return SigmaCurve(np.array(knots), np.array(factors))
+
+
+def mean_residuals(
+    qy: ArrayLike, qx: ArrayLike, *, g: ArrayLike, origin: ArrayLike, sigma: ArrayLike | None = None
+) -> SiteResiduals | None:
+    """Residuals of every reflection, averaged over patterns.
+
+    Parameters
+    ----------
+    qy, qx : array_like, shape (n, P)
+        Peaks of n patterns, px, NaN-padded.
+    g, origin : array_like, shape (n, 2, 2) and (n, 2)
+        Their lattices, px; NaN where there is none.
+    sigma : array_like, shape (n, P), optional
+        Standard deviations, px: the mean is weighted by their inverse squares. None: all alike.
+
+    Returns
+    -------
+    SiteResiduals or None
+        Of the reflections that a quarter of the patterns show; None if there are none.
+    """
+    lattices, columns = 0, []
+    for members, rows in _members(qy, qx, g, origin, sigma):
+        inside = members.weight > 0
+        lattices += len(rows)
+        columns.append(np.stack([v[inside] for v in members]))  # (5, k): h, k, ry, rx, weight
+    found = np.concatenate(columns, axis=1) if columns else np.zeros((5, 0))
+    hk, place = np.unique(found[:2].T.astype(np.int64), axis=0, return_inverse=True)
+    place = place.reshape(-1)
+    count, total = np.bincount(place, minlength=len(hk)), np.bincount(place, found[4], len(hk))
+    often = count >= max(1.0, _FEWEST * lattices)
+    if not often.any():
+        return None
+    sums = [np.bincount(place, found[4] * r, len(hk)) for r in found[2:4]]
+    return SiteResiduals(hk[often], np.stack(sums, -1)[often] / total[often, None], count[often])
+
+
+def residual_ratio(
+    qy: ArrayLike,
+    qx: ArrayLike,
+    reference: SiteResiduals,
+    *,
+    g: ArrayLike,
+    origin: ArrayLike,
+    sigma: ArrayLike | None = None,
+) -> Array:
+    """Scatter of peaks about those of a reference, in units of their scatter about the lattice.
+
+    Parameters
+    ----------
+    qy, qx, g, origin, sigma
+        As for :func:`mean_residuals`, of n patterns.
+    reference : SiteResiduals
+        From :func:`mean_residuals`.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        By what the standard deviations of a lattice, and of the reference, are to be multiplied for their
+        difference: next to 0 where the disks lie beside their sites alike, 1 where nothing is in common, more
+        where the reference is the steadier of the two. NaN without a lattice, and where too few reflections
+        are in both to tell.
+
+    Notes
+    -----
+    With chi^2 of the residuals over the reflections that both have, and chi_d^2 of their differences, less
+    the n-th part that the mean of n patterns adds, it is ``sqrt((1 + chi_d^2) / (1 + chi^2))``. A pattern
+    that shows other reflections than the reference, or weighs them differently, mistakes part of what the
+    reference leaves for a lattice: that part, per degree of freedom, is added to chi_d^2.
+    """
+    ratio = np.full(np.shape(qy)[0], np.nan)
+    for members, rows in _members(qy, qx, g, origin, sigma):
+        mean_y, mean_x, count = _look_up(reference, members)
+        both = count > 0
+        weight = members.weight * both
+        degrees = 2.0 * both.sum(1) - 6
+        own, _ = _chi2(weight, members, members.ry, members.rx)
+        _, mistaken = _chi2(weight, members, mean_y, mean_x)
+        weight = weight * count / (count + 1)
+        left, _ = _chi2(weight, members, members.ry - mean_y, members.rx - mean_x)
+        left = left + mistaken * degrees / 6
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if sigma is None:  # the scatter itself says how large an error is
+                own, left = degrees, degrees * left / own
+            found = np.sqrt((_PRIOR_DOF + left) / (_PRIOR_DOF + own))
+        ratio[rows] = np.where(degrees > 0, found, np.nan)
+    return ratio
+
+
+def _members(
+    qy: ArrayLike, qx: ArrayLike, g: ArrayLike, origin: ArrayLike, sigma: ArrayLike | None
+) -> Iterator[tuple[_Members, IntArray]]:
+    """Peaks of the patterns that have a lattice, and which those are, some at a time."""
+    qy, qx, g, origin = (np.asarray(v, dtype=np.float64) for v in (qy, qx, g, origin))
+    known = np.flatnonzero(np.isfinite(g).all((1, 2)) & np.isfinite(origin).all(1))
+    step = max(1, _CHUNK // max(qy.shape[1], 1))
+    for start in range(0, len(known), step):
+        rows = known[start : start + step]
+        y, x, own_g, own_origin = qy[rows], qx[rows], g[rows], origin[rows]
+        h, k, near = index_peaks(y, x, g=own_g, origin=own_origin)
+        ry, rx = residuals(np.where(near, y, 0), np.where(near, x, 0), h, k, own_origin, own_g)
+        variance = np.ones_like(y) if sigma is None else np.asarray(sigma, np.float64)[rows] ** 2
+        near &= np.isfinite(variance) & (variance > 0)
+        ry, rx = np.where(near, ry, 0.0), np.where(near, rx, 0.0)
+        weight = near / np.where(near, variance, 1.0)
+        squared = weight * (ry**2 + rx**2)
+        scale = row_median(squared, near) / (2 * np.log(2))
+        if sigma is not None:
+            scale = np.maximum(scale, 1.0)
+        weight = weight * (squared <= _CUT**2 * np.nan_to_num(scale)[:, None])
+        yield _Members(h, k, ry, rx, weight), rows
+
+
+def _look_up(reference: SiteResiduals, members: _Members) -> tuple[Array, Array, Array]:
+    """Mean residual (y, x) of each peak's reflection, and of how many patterns, 0 if none; (n, P) each."""
+    low, high = reference.hk.min(0), reference.hk.max(0)
+    table = np.zeros((*(high - low + 1), 3))
+    table[tuple((reference.hk - low).T)] = np.column_stack([reference.mean, reference.n_patterns])
+    inside = (members.weight > 0) & (members.h >= low[0]) & (members.h <= high[0])
+    inside &= (members.k >= low[1]) & (members.k <= high[1])
+    h, k = (np.where(inside, i - first, 0) for i, first in zip(members[:2], low, strict=True))
+    mean_y, mean_x, count = np.where(inside, np.moveaxis(table[h, k], -1, 0), 0.0)
+    return mean_y, mean_x, count
+
+
+def _chi2(weight: Array, members: _Members, ry: Array, rx: Array) -> tuple[Array, Array]:
+    """Weighted sums of squares (n,) that no lattice can take up, and that one can; NaN without a lattice."""
+    normal, right = normal_equations(weight, members.h, members.k, ry, rx)
+    solvable = well_posed(normal)
+    total = np.where(solvable, normal[:, 0, 0], 1.0)[:, None, None]
+    normal = np.where(solvable[:, None, None], normal / total, np.eye(3))
+    taken = (right * np.linalg.solve(normal, right / total)).sum((1, 2))
+    left = (weight * (ry**2 + rx**2)).sum(1) - taken
+    return np.where(solvable, np.maximum(left, 0.0), np.nan), np.where(solvable, taken, np.nan)
