@@ -139,6 +139,10 @@ def find_peaks(
         "detector_shape": list(frame),
         "centre": list(map(float, calibration.centre)),
     }
+    if chosen.method == "fcunet":
+        from .nn.weights import network_config
+
+        peaks.attrs["shared_dilation_floor"] = network_config(chosen.weights).dilation_floor
     if np.isfinite(scatter := float(getattr(calibration, "origin_std_px", np.nan))):
         peaks.attrs["origin_std_px"] = scatter
     if datacube.sizes["qy"] > 1 and "qy" in datacube.coords:

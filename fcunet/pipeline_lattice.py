@@ -137,7 +137,9 @@ def fit_lattices(
     check_whole_peaks(peaks)
     if cepstral.in_real_space(peaks):
         return [_fit_cepstral(peaks, basis, min_num_peaks, weighting, options)]
-    bases = _common_lattices(peaks, basis, origin, max_orientations, int(min_num_peaks))
+    rescaled = sigma_from_scan and weighting == "sigma" and "peak_sigma" in peaks
+    sample = _sample(peaks) if rescaled or basis is None or origin is None else None
+    bases = _common_lattices(sample, basis, origin, max_orientations, int(min_num_peaks))
     found = bases[0]
     arrays = [peaks["peak_qy"], peaks["peak_qx"]]
     optional = [name for name in ("peak_sigma", "peak_intensity") if name in peaks]
@@ -159,8 +161,8 @@ def fit_lattices(
     known = basis is not None and 1 < len(bases) <= max_lattices
     places = {"max_lattices": int(max_lattices), "in_order": known}
     curve = None
-    if sigma_from_scan and weighting == "sigma" and "peak_sigma" in peaks:
-        curve = _sigma_curve(peaks, bases, options | places)
+    if rescaled and sample is not None:
+        curve = _sigma_curve(sample, bases, options | places)
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
@@ -192,6 +194,8 @@ def fit_lattices(
     }
     if curve is not None:
         attrs |= {"sigma_stated_px": curve.sigma.tolist(), "sigma_factor": curve.factor.tolist()}
+    if shared and peaks.attrs.get("shared_dilation_floor"):
+        attrs["shared_dilation_floor"] = float(peaks.attrs["shared_dilation_floor"])
     attrs |= _geometry(peaks)
     names = (
         *schema.LATTICE_PARAMETERS,
@@ -281,7 +285,11 @@ def _fit_block(
 
 
 def _common_lattices(
-    peaks: xr.Dataset, basis: ArrayLike | None, origin: ArrayLike | None, most: int, min_num_peaks: int
+    sample: xr.Dataset | None,
+    basis: ArrayLike | None,
+    origin: ArrayLike | None,
+    most: int,
+    min_num_peaks: int,
 ) -> list[kernel.Basis]:
     """Basis and origin as given, else all that are found in a sample of the peaks."""
     if origin is not None and np.shape(origin) != (2,):
@@ -291,7 +299,7 @@ def _common_lattices(
     given = None if basis is None else np.asarray(basis, dtype=np.float64).reshape(-1, 2, 2)
     if given is not None and origin is not None:
         return [kernel.Basis(np.asarray(origin, dtype=np.float64), g) for g in given]
-    sample = _sample(peaks)
+    assert sample is not None
     intensity = sample["peak_intensity"].values if "peak_intensity" in sample else None
     if origin is None and {"origin_qy", "origin_qx"} <= set(sample):
         origin = [float(sample[name].median()) for name in ("origin_qy", "origin_qx")]
@@ -306,9 +314,9 @@ def _common_lattices(
     )
 
 
-def _sigma_curve(peaks: xr.Dataset, bases: list[kernel.Basis], options: dict) -> SigmaCurve | None:
-    """How far the peaks scatter, from a sample of them; None if they are too few to tell."""
-    sample = _sample(peaks).stack(position=schema.SCAN_DIMS).transpose("position", ...)
+def _sigma_curve(sample: xr.Dataset, bases: list[kernel.Basis], options: dict) -> SigmaCurve | None:
+    """How far the peaks of a sample scatter; None if they are too few to tell."""
+    sample = sample.stack(position=schema.SCAN_DIMS).transpose("position", ...)
     sample = sample.isel(position=slice(None, None, max(1, sample.sizes["position"] // _CURVE_PATTERNS)))
     qy, qx, sigma = (sample[name].values for name in ("peak_qy", "peak_qx", "peak_sigma"))
     optional, rest = ["peak_sigma"], [sigma]

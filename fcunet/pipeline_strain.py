@@ -188,6 +188,7 @@ def compute_strain(
             "rotations": rotations,
             "options": options,
             "ellipse": ellipse,
+            "floor": float(lattice.attrs.get("shared_dilation_floor", 0.0)),
         },
         input_core_dims=core,
         output_core_dims=[[]] * 14 + [["row", "column"]],
@@ -309,6 +310,7 @@ def _strain_block(
     rotations: dict,
     options: dict,
     ellipse: Ellipse,
+    floor: float,
 ):
     """Vector components, number of the reference, `errors`, and where residuals count the origin and peaks.
 
@@ -349,7 +351,9 @@ def _strain_block(
             if of_reference is not None:
                 of_reference = of_reference * alone
             if shared is not None:
-                left = shared_dilation_left(shared[here], signed[here], reference.dilation, ratio[here])
+                left = shared_dilation_left(
+                    shared[here], signed[here], reference.dilation, ratio[here], floor=floor
+                )
                 of_g = with_shared_strain(of_g, g[here], left, signed[here])
             own = strain_std(g[here], reference.g, of_g, reference_covariance=of_reference, **options | frame)
             for name, values in own.items():

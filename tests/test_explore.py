@@ -165,6 +165,23 @@ def test_explorer__error_bars_of_the_runs_own_reference_are_those_stored(sources
         assert again[name][1] == pytest.approx(std, rel=0.1)
 
 
+def test_explorer__error_bars_against_a_drawn_region_hold_what_is_unlike_it(sources):
+    maps, view = Maps(sources), View(position=(3, 7), reference=(0, 4, 0, 4))
+    lattice = sources.tree["lattice"].to_dataset()
+    strain = compute_strain(lattice, reference=view.reference, peaks=sources.peaks).compute()
+    expected = strain.isel(scan_y=3, scan_x=7)
+    assert maps.residual_ratio_at(view) == pytest.approx(float(expected["residual_ratio"]), rel=1e-5)
+    for name, (value, std) in maps.strain_at(view).items():
+        assert value == pytest.approx(float(expected[name]), abs=1e-9)
+        assert std == pytest.approx(float(expected[f"{name}_std"]), rel=0.1)  # without that of the region
+    assert maps.residual_ratio_at(View(position=(3, 7))) == pytest.approx(
+        float(sources.tree["strain"]["residual_ratio"][3, 7])
+    )
+    sources.peaks = None
+    assert np.isnan(Maps(sources).residual_ratio_at(view))
+    assert all(np.isfinite(std) for _, std in Maps(sources).strain_at(view).values())
+
+
 @pytest.mark.parametrize("changes", [{"rotation_degree": 0.0}, {"reference": (0, 4, 0, 4)}])
 def test_explorer__a_dilation_shared_with_the_reference_cancels(small_run, changes):
     bars = []

@@ -44,7 +44,12 @@ def run_dir(tmp_path_factory):
     """A run directory without the scan and the peaks, as after cleaning up."""
     folder = tmp_path_factory.mktemp("run")
     tree = results()
-    tree["strain"] = tree["strain"].dataset.assign(valid=tree["strain"]["e_xx"].notnull())
+    ratio = xr.full_like(tree["strain"]["e_xx"], 0.63)
+    ratio[0, :2] = 1.4
+    tree["strain"] = tree["strain"].dataset.assign(
+        valid=tree["strain"]["e_xx"].notnull(), residual_ratio=ratio.where(tree["strain"]["e_xx"].notnull())
+    )
+    tree["lattice"].attrs["sigma_factor"] = [0.71, 1.0, 1.62]
     tree.attrs = {
         "input_title": "SiGe <script>alert(1)</script> \u00e5",
         "fcunet_version": "0.1.0",
@@ -99,6 +104,13 @@ def test_report__says_error_against_truth_time_and_settings(run_dir, page):
     ):
         assert part in words
     assert (run_dir / "strain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report__says_what_the_residuals_tell(page):
+    words = " ".join(Page(page).words)
+    assert "scatter by 0.71 (the surest) to 1.6 (the least sure) times" in words
+    assert "0.63 times as much as about their own lattice" in words
+    assert "4 % of the positions are unlike the reference" in words
 
 
 def test_report__has_a_smaller_figure_for_narrow_screens(page):

@@ -18,7 +18,7 @@ from fcunet import results, runner, schema, tiles
 from fcunet.cluster import DASK_SETTINGS, connect
 from fcunet.config import Config
 from fcunet.lock import RunLock, RunLockedError
-from fcunet.pipeline import find_peaks, fit_lattices
+from fcunet.pipeline import compute_strain, find_peaks, fit_lattices
 from fcunet.store import Layout, open_datacube, open_peaks, read_status, write_datacube
 from fcunet.tiles import load_calibration
 
@@ -88,6 +88,18 @@ def test_run__finds_the_strain_that_was_drawn(finished):
     slope = np.polyfit(np.arange(SCAN[1]), e_xx.median("scan_y"), 1)[0]
     # the spacing of the peaks shrinks by 2 % over the scan, so the crystal grows by as much
     assert slope * (SCAN[1] - 1) == pytest.approx(0.0204, abs=2e-3)
+
+
+def test_run__knows_how_large_errors_are_in_this_scan_and_what_they_share_with_the_reference(finished):
+    out, tree = finished
+    strain, lattice = tree["strain"].to_dataset(), tree["lattice"].to_dataset()
+    assert len(lattice.attrs["sigma_factor"]) == len(lattice.attrs["sigma_stated_px"]) > 0
+    assert (strain["residual_ratio"].notnull() == strain["valid"]).mean() > 0.98
+    # flat disks: nothing but noise, which no two patterns share
+    assert float(strain["residual_ratio"].median()) == pytest.approx(1, abs=0.15)
+    again = compute_strain(lattice, peaks=open_peaks(out / "peaks.zarr")).compute()
+    for name in ("e_xx", "e_xy_std", "residual_ratio"):
+        xr.testing.assert_allclose(strain[name], again[name], rtol=1e-4)
 
 
 def test_run__gives_the_same_as_the_labelled_pipeline(finished, store):

@@ -119,6 +119,7 @@ KINDS = {
     "theta_std": MapKind("error bar of theta", "mrad", 1e3),
     "grain": MapKind("grain", "", 1, "category"),
     "fit_error": MapKind("residual of the lattice fit", "px"),
+    "residual_ratio": MapKind("residuals against the reference's", ""),
     "n_indexed": MapKind("peaks in the lattice fit", ""),
     "n_peaks": MapKind("peaks found", ""),
     "bf": MapKind("bright field", "counts", 1, "gray"),
@@ -363,7 +364,8 @@ class Maps:
         g_ref, _ = undistort_lattice(g_ref, None, ellipse)
         ratio = self.residual_ratio_at(view)
         std, signed = self.sources.shared_dilation_at(*view.position)
-        left = shared_dilation_left(std, signed, attrs.get("shared_dilation_ref"), ratio)
+        floor = float(self.lattice.attrs.get("shared_dilation_floor", 0.0))
+        left = shared_dilation_left(std, signed, attrs.get("shared_dilation_ref"), ratio, floor=floor)
         covariance = covariance * (ratio**2 if np.isfinite(ratio) else 1.0)
         covariance = with_shared_strain(covariance, g, left, signed)
         g, undistorted = undistort_lattice(g, covariance, ellipse)

@@ -292,6 +292,8 @@ def shared_dilation_left(
     signed: ArrayLike,
     reference: tuple[float, float] | None,
     ratio: ArrayLike | None = None,
+    *,
+    floor: float = 0.0,
 ) -> Array:
     """What a shared dilation leaves of itself in the difference of two lattices.
 
@@ -305,6 +307,8 @@ def shared_dilation_left(
         Both of the reference, a pattern of the same crystal. None: the reference is exact.
     ratio : array_like, optional
         How unlike the two are: :func:`fcunet.kernels.residuals.residual_ratio`. NaN: not known.
+    floor : float
+        The part of all of these, in quadrature, that is the same error in every pattern.
 
     Returns
     -------
@@ -323,14 +327,16 @@ def shared_dilation_left(
     if reference is None:
         return np.asarray(total)
     unsigned = (known == 0) & (reference[1] == 0)
-    rest, rest_of_reference = (np.sqrt(np.maximum(t**2 - k**2, 0)) for t, k in ((total, known), reference))
+    rest, rest_of_reference = (
+        np.sqrt(np.maximum(t**2 - k**2 - floor**2, 0)) for t, k in ((total, known), reference)
+    )
     alike = np.where(unsigned, _ALIKE_UNSIGNED, 1.0)
     square = (rest - rest_of_reference) ** 2 + 2 * (1 - alike) * rest * rest_of_reference
     left = np.hypot(known - reference[1], np.sqrt(square))
     if ratio is None:
         return np.asarray(left)
     unlike = np.asarray(ratio, dtype=np.float64)
-    measured = unlike**2 * np.sqrt((total**2 + reference[0] ** 2) / 2)
+    measured = unlike**2 * np.sqrt((rest**2 + rest_of_reference**2) / 2)
     return np.where(unsigned & np.isfinite(unlike), measured, left)
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from .. import plot
 from ..nn.range import MEANINGS
 from .page import paragraph, picture
 from .source import Run
+
+_UNLIKE = 1.2  # twice the spread that chance gives `residual_ratio` of some 30 disks
 
 
 def second_opinion(run: Run) -> Iterable[str]:
@@ -35,6 +39,28 @@ def second_opinion(run: Run) -> Iterable[str]:
         lambda **how: plot.disagreement(run.tree, **how),
         keep=run.folder / "disagreement.png",
     )
+
+
+def residuals(run: Run) -> Iterable[str]:
+    """What the residuals of the scan say of the errors of its peaks."""
+    words = []
+    factors = run.lattice.attrs.get("sigma_factor")
+    if factors is not None and len(factors):
+        words.append(
+            f"The peaks scatter by {factors[0]:.2g} (the surest) to {factors[-1]:.2g} (the least sure) times "
+            "what the detector states; weights and error bars are corrected by that."
+        )
+    ratio = run.strain["residual_ratio"].values if "residual_ratio" in run.strain else np.empty(0)
+    ratio = ratio[np.isfinite(ratio)]
+    if ratio.size:
+        words.append(
+            f"About the disks of the reference they scatter {np.median(ratio):.2f} times as much as about "
+            "their own lattice (median of residual_ratio); what is alike in both is not in the error bars. "
+            f"{100 * (ratio > _UNLIKE).mean():.0f} % of the positions are unlike the reference "
+            f"(above {_UNLIKE:g})."
+        )
+    if words:
+        yield paragraph(" ".join(words), "small")
 
 
 def systematic(run: Run) -> Iterable[str]:

@@ -15,7 +15,7 @@ from ..remote import scan_of
 from ..schema import STRAIN_COMPONENTS
 from ..store import open_peaks
 from ..whereabouts import find_scan
-from .opinion import doubts_of_method, second_opinion, systematic
+from .opinion import doubts_of_method, residuals, second_opinion, systematic
 from .page import boxes, grid, paragraph, picture, section, table, text, write_page
 from .source import Run, headline, load_run, number
 
@@ -152,6 +152,7 @@ def _trust(run: Run) -> Iterable[str]:
             lambda **how: plot.error_bars(run.tree, **how),
             keep=run.folder / "error_bars.png",
         )
+    yield from residuals(run)
     yield from systematic(run)
     yield from second_opinion(run)
     yield picture(

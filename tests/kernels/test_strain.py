@@ -13,8 +13,11 @@ from fcunet.kernels.strain import (
     gradient_covariance,
     principal_strains,
     rotate_frame,
+    shared_dilation_left,
+    shared_shear,
     strain_from_F,
     strain_std,
+    with_shared_strain,
 )
 
 G_REF = np.array([[1.5, 31.0], [27.0, 4.0]])  # (y, x), px
@@ -313,3 +316,38 @@ def test_principal_strains__direction_is_that_of_the_largest_stretch():
     p = principal_strains(e["e_xx"], e["e_yy"], e["e_xy"])
     assert np.rad2deg(p["angle"]) == pytest.approx(20)
     assert p["e_1"] == pytest.approx(0.02)
+
+
+def test_shared_dilation_left__of_one_without_a_sign_follows_how_unlike_the_patterns_are():
+    std = np.array([3e-4, 4e-4, np.nan])
+    left = shared_dilation_left(std, np.zeros(3), (4e-4, 0.0), [1.0, 0.5, 0.5])
+    np.testing.assert_allclose(left, [np.hypot(3, 4) / 2**0.5 * 1e-4, 0.25 * 4e-4, 0.25 * 4e-4 / 2**0.5])
+    unknown = shared_dilation_left(std[:2], np.zeros(2), (4e-4, 0.0), [np.nan, np.nan])
+    np.testing.assert_allclose(unknown, shared_dilation_left(std[:2], np.zeros(2), (4e-4, 0.0)))
+    # against exact vectors all of it counts, whatever else
+    np.testing.assert_allclose(
+        shared_dilation_left(std[:2], np.zeros(2), None, [0.1, 0.1], floor=2e-4), std[:2]
+    )
+
+
+def test_shared_dilation_left__what_is_the_same_in_every_pattern_is_not_left():
+    left = shared_dilation_left([5e-5, 1.3e-4], np.zeros(2), (5e-5, 0.0), [1.0, 1.0], floor=5e-5)
+    np.testing.assert_allclose(left, [0, 1.2e-4 / 2**0.5], atol=1e-12)
+
+
+def test_shared_dilation_left__of_known_sign_is_the_difference_whatever_the_ratio():
+    left = shared_dilation_left(np.array([2, 3]) * 1e-3, np.array([2, 2]) * 1e-3, (2e-3, 2e-3), [1.0, 1.0])
+    np.testing.assert_allclose(left, [0, 5**0.5 * 1e-3], atol=1e-12)
+
+
+@pytest.mark.parametrize("signed", [0.0, -1e-3])
+def test_with_shared_strain__is_a_dilation_and_two_shears_of_the_whole_lattice(signed):
+    rng = np.random.default_rng(5)
+    g = np.array([[20.0, 3.0], [-2.0, 25.0]])
+    covariance = with_shared_strain(np.zeros((6, 6)), g, 2e-3, signed)
+    sizes = 2e-3 * np.array([1, shared_shear(signed), shared_shear(signed)])
+    dilation, pure, shear = sizes[:, None] * rng.normal(size=(3, 200_000))
+    strain = np.moveaxis(np.array([[dilation - pure, shear], [shear, dilation + pure]]), -1, 0)
+    drawn = (g @ strain).reshape(-1, 4)
+    np.testing.assert_allclose(covariance[2:, 2:], np.cov(drawn.T), atol=3e-5)
+    assert not covariance[:2].any()
