@@ -178,7 +178,7 @@ def strain_rows(repeats: int) -> list[dict]:
     positions = peaks.sizes["scan_y"] * peaks.sizes["scan_x"]
 
     def ours() -> xr.Dataset:
-        return compute_strain(fit_lattice(peaks, basis=basis, origin=(128.0, 128.0))).compute()
+        return compute_strain(fit_lattice(peaks, basis=basis, origin=(128.0, 128.0)), peaks=peaks).compute()
 
     rows = [{"name": "fcunet", "rate": positions / cpu_seconds(ours, repeats)}]
     if peer_python("py4dstem", install=False) is not None:

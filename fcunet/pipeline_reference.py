@@ -19,7 +19,7 @@ WORDS = ("median", "robust_median", "weighted_median", "grain")
 VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
 ORIGIN = schema.LATTICE_PARAMETERS[:2]
 _PART = 2**16  # positions at a time
-_SAMPLE = 2**13  # positions whose peaks tell what is usual in a reference
+_SAMPLE = 2**11  # positions whose peaks tell what is usual in a reference
 _SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
 
 

@@ -108,7 +108,7 @@ def test_report__says_error_against_truth_time_and_settings(run_dir, page):
 
 def test_report__says_what_the_residuals_tell(page):
     words = " ".join(Page(page).words)
-    assert "scatter by 0.71 (the surest) to 1.6 (the least sure) times" in words
+    assert "scatter by 0.71 (the surest) to 1.62 (the least sure) times" in words
     assert "0.63 times as much as about their own lattice" in words
     assert "4 % of the positions are unlike the reference" in words
 

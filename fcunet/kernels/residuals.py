@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .lattice_index import index_peaks, normal_equations, residuals, row_median, well_posed
+from .lattice_index import DEFAULT_SPACING, nearest_site, normal_equations, residuals, row_median, well_posed
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -25,7 +25,7 @@ IntArray = NDArray[np.int64]
 _CUT = 4.685  # Tukey's, of the robust fit: peaks farther out are not part of the lattice
 _PRIOR_DOF = 1.0  # keeps residuals that agree by chance, where there are few, from meaning too much
 _FEWEST = 0.25  # of the patterns of a reference must show a reflection, else its mean is left out
-_CHUNK = 2**18  # peaks at a time: some 50 MB
+_CHUNK = 2**16  # peaks at a time: arrays of half a MB
 _BIN, _MOST_BINS = 100, 8  # peaks that one factor of a curve is fitted to, at least; and how many of those
 _FREE = 0.8  # a peak that decides the fit by more than this has no residual worth the name
 _FAR = 12.0  # times the median: squared residuals beyond count as that
@@ -57,8 +57,8 @@ class SiteResiduals(NamedTuple):
 class _Members(NamedTuple):
     """Peaks (n, P) of n lattices, relative to their sites; weight 0 where a peak is not part of the fit."""
 
-    h: IntArray
-    k: IntArray
+    h: Array  # whole numbers
+    k: Array
     ry: Array
     rx: Array
     weight: Array
@@ -141,14 +141,19 @@ def mean_residuals(
         lattices += len(rows)
         columns.append(np.stack([v[inside] for v in members]))  # (5, k): h, k, ry, rx, weight
     found = np.concatenate(columns, axis=1) if columns else np.zeros((5, 0))
-    hk, place = np.unique(found[:2].T.astype(np.int64), axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    count, total = np.bincount(place, minlength=len(hk)), np.bincount(place, found[4], len(hk))
-    often = count >= max(1.0, _FEWEST * lattices)
-    if not often.any():
+    if not found.size:
         return None
-    sums = [np.bincount(place, found[4] * r, len(hk)) for r in found[2:4]]
-    return SiteResiduals(hk[often], np.stack(sums, -1)[often] / total[often, None], count[often])
+    low = found[:2].min(1).astype(np.int64)
+    h, k = found[:2].astype(np.int64) - low[:, None]
+    shape = (int(h.max()) + 1, int(k.max()) + 1)
+    place, size = h * shape[1] + k, shape[0] * shape[1]
+    count = np.bincount(place, minlength=size)
+    often = np.flatnonzero(count >= max(1.0, _FEWEST * lattices))
+    if not len(often):
+        return None
+    total, *sums = (np.bincount(place, found[4] * r, size)[often] for r in (1.0, found[2], found[3]))
+    hk = np.stack(np.unravel_index(often, shape), -1) + low
+    return SiteResiduals(hk, np.stack(sums, -1) / total[:, None], count[often])
 
 
 def residual_ratio(
@@ -188,17 +193,19 @@ def residual_ratio(
     for members, rows in _members(qy, qx, g, origin, sigma):
         mean_y, mean_x, count = _look_up(reference, members)
         both = count > 0
-        weight = members.weight * both
         degrees = 2.0 * both.sum(1) - 6
-        own, _ = _chi2(weight, members, members.ry, members.rx)
-        _, mistaken = _chi2(weight, members, mean_y, mean_x)
-        weight = weight * count / (count + 1)
-        left, _ = _chi2(weight, members, members.ry - mean_y, members.rx - mean_x)
-        left = left + mistaken * degrees / 6
+        share = np.sqrt(count / (count + 1))
+        own, mean, difference = _chi2(
+            members._replace(weight=members.weight * both),
+            (members.ry, members.rx),
+            (mean_y, mean_x),
+            (share * (members.ry - mean_y), share * (members.rx - mean_x)),
+        )
+        whole, left = own.left, difference.left + mean.taken * degrees / 6
         with np.errstate(divide="ignore", invalid="ignore"):
             if sigma is None:  # the scatter itself says how large an error is
-                own, left = degrees, degrees * left / own
-            found = np.sqrt((_PRIOR_DOF + left) / (_PRIOR_DOF + own))
+                whole, left = degrees, degrees * left / whole
+            found = np.sqrt((_PRIOR_DOF + left) / (_PRIOR_DOF + whole))
         ratio[rows] = np.where(degrees > 0, found, np.nan)
     return ratio
 
@@ -213,11 +220,13 @@ def _members(
     for start in range(0, len(known), step):
         rows = known[start : start + step]
         y, x, own_g, own_origin = qy[rows], qx[rows], g[rows], origin[rows]
-        h, k, near = index_peaks(y, x, g=own_g, origin=own_origin)
-        ry, rx = residuals(np.where(near, y, 0), np.where(near, x, 0), h, k, own_origin, own_g)
+        near = np.isfinite(y) & np.isfinite(x)
         variance = np.ones_like(y) if sigma is None else np.asarray(sigma, np.float64)[rows] ** 2
         near &= np.isfinite(variance) & (variance > 0)
-        ry, rx = np.where(near, ry, 0.0), np.where(near, rx, 0.0)
+        y, x = np.where(near, y, own_origin[:, :1]), np.where(near, x, own_origin[:, 1:])
+        h, k, distance2 = nearest_site(y, x, own_origin, own_g)
+        near &= distance2 <= DEFAULT_SPACING**2 * (own_g**2).sum(-1).min(-1)[:, None]
+        ry, rx = (r * near for r in residuals(y, x, h, k, own_origin, own_g))
         weight = near / np.where(near, variance, 1.0)
         squared = weight * (ry**2 + rx**2)
         scale = row_median(squared, near) / (2 * np.log(2))
@@ -230,21 +239,42 @@ def _members(
 def _look_up(reference: SiteResiduals, members: _Members) -> tuple[Array, Array, Array]:
     """Mean residual (y, x) of each peak's reflection, and of how many patterns, 0 if none; (n, P) each."""
     low, high = reference.hk.min(0), reference.hk.max(0)
-    table = np.zeros((*(high - low + 1), 3))
-    table[tuple((reference.hk - low).T)] = np.column_stack([reference.mean, reference.n_patterns])
+    rows, columns = high - low + 1
+    table = np.zeros((3, rows * columns + 1))  # the last is that of no reflection
+    at = (reference.hk - low) @ (columns, 1)
+    table[:, at] = np.vstack([reference.mean.T, reference.n_patterns])
     inside = (members.weight > 0) & (members.h >= low[0]) & (members.h <= high[0])
     inside &= (members.k >= low[1]) & (members.k <= high[1])
-    h, k = (np.where(inside, i - first, 0) for i, first in zip(members[:2], low, strict=True))
-    mean_y, mean_x, count = np.where(inside, np.moveaxis(table[h, k], -1, 0), 0.0)
+    place = np.where(inside, (members.h - low[0]) * columns + (members.k - low[1]), rows * columns)
+    mean_y, mean_x, count = table[:, place.astype(np.intp)]
     return mean_y, mean_x, count
 
 
-def _chi2(weight: Array, members: _Members, ry: Array, rx: Array) -> tuple[Array, Array]:
-    """Weighted sums of squares (n,) that no lattice can take up, and that one can; NaN without a lattice."""
-    normal, right = normal_equations(weight, members.h, members.k, ry, rx)
+class _Chi2(NamedTuple):
+    """Weighted sums of squares (n,), NaN where the peaks span no lattice."""
+
+    left: Array  # that no lattice can take up
+    taken: Array  # that one can
+
+
+def _chi2(members: _Members, *vectors: tuple[Array, Array]) -> list[_Chi2]:
+    """Of vectors (y, x), (n, P) each, at the sites of the peaks."""
+    weight, h, k = members.weight, members.h, members.k
+    normal, first = normal_equations(weight, h, k, *vectors[0])
     solvable = well_posed(normal)
-    total = np.where(solvable, normal[:, 0, 0], 1.0)[:, None, None]
-    normal = np.where(solvable[:, None, None], normal / total, np.eye(3))
-    taken = (right * np.linalg.solve(normal, right / total)).sum((1, 2))
-    left = (weight * (ry**2 + rx**2)).sum(1) - taken
-    return np.where(solvable, np.maximum(left, 0.0), np.nan), np.where(solvable, taken, np.nan)
+    inverse = np.linalg.inv(np.where(solvable[:, None, None], normal, np.eye(3)))
+    inverse[~solvable] = np.nan
+    out = []
+    for i, (y, x) in enumerate(vectors):
+        wy, wx = weight * y, weight * x
+        right = first if i == 0 else _moments(wy, wx, h, k)
+        taken = np.einsum("nai,nab,nbi->n", right, inverse, right, optimize=True)
+        whole = np.einsum("np,np->n", wy, y) + np.einsum("np,np->n", wx, x)
+        out.append(_Chi2(np.maximum(whole - taken, 0.0), taken))
+    return out
+
+
+def _moments(wy: Array, wx: Array, h: Array, k: Array) -> Array:
+    """A^T W r (n, 3, 2) for rows A = (1, h, k)."""
+    columns = [v.sum(1) if i is None else np.einsum("np,np->n", i, v) for i in (None, h, k) for v in (wy, wx)]
+    return np.stack(columns, -1).reshape(-1, 3, 2)

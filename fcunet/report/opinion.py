@@ -47,7 +47,7 @@ def residuals(run: Run) -> Iterable[str]:
     factors = run.lattice.attrs.get("sigma_factor")
     if factors is not None and len(factors):
         words.append(
-            f"The peaks scatter by {factors[0]:.2g} (the surest) to {factors[-1]:.2g} (the least sure) times "
+            f"The peaks scatter by {factors[0]:.2f} (the surest) to {factors[-1]:.2f} (the least sure) times "
             "what the detector states; weights and error bars are corrected by that."
         )
     ratio = run.strain["residual_ratio"].values if "residual_ratio" in run.strain else np.empty(0)
