@@ -28,7 +28,7 @@ from fcunet import schema
 from fcunet.kernels.lattice import NoLatticeError
 from fcunet.kernels.lattice_index import reduce_basis
 from fcunet.kernels.peaks import Peaks
-from fcunet.nn.weights import load_model, resolve_weights
+from fcunet.nn.weights import least_shared_dilation, load_model, resolve_weights
 from fcunet.pipeline import compute_strain, fit_lattice
 from fcunet.simulation.crystals import Crystal, alloy
 from fcunet.simulation.scattering import StructureFactors, couple_beams, scatter, tilt_rotation
@@ -46,6 +46,7 @@ NEAR = np.array([tilt <= 2 and factor < 1.1 for tilt in TILTS for factor in FACT
 ALLOYS = ((0.0, 0.0), (0.0, 1.0), (0.0, -1.0), (0.1, 0.0), (0.25, 0.0), (0.5, 0.0))  # share, tilt in mrad
 PURE = np.array([share == 0 for share, _ in ALLOYS])
 MISMATCH = (0.005, 0.1)  # of the lengths of two crystals that are alloyed
+LEAST_DILATION = {"FCU-Net": least_shared_dilation("default")}
 _SIZE, _WRONG = 256, 0.03  # a strain off by more is that of another lattice
 
 
@@ -155,11 +156,11 @@ def true_lattice(batch: TrainingBatch, row: int) -> tuple[np.ndarray, np.ndarray
     return batch.origin[row].numpy(), fitted
 
 
-def as_scan(found: list[Peaks], row: int) -> xr.Dataset:
+def as_scan(found: list[Peaks], row: int, least_dilation: float) -> xr.Dataset:
     """The peaks of one crystal in all its states, as a scan of one line."""
     most = max(one.qy.shape[1] for one in found)
     names = {"peak_qy": "qy", "peak_qx": "qx", "peak_intensity": "intensity", "peak_sigma": "sigma"}
-    peaks = xr.Dataset()
+    peaks = xr.Dataset(attrs={"shared_dilation_floor": least_dilation})
     for name, field in names.items():
         values = [getattr(one, field)[row] for one in found]
         padded = [F.pad(v, (0, most - len(v)), value=torch.nan) for v in values]
@@ -169,14 +170,16 @@ def as_scan(found: list[Peaks], row: int) -> xr.Dataset:
     return peaks
 
 
-def read(found: list[Peaks], batches: list[TrainingBatch], n_reference: int) -> Reading:
+def read(
+    found: list[Peaks], batches: list[TrainingBatch], n_reference: int, least_dilation: float
+) -> Reading:
     """Strain of every crystal, the way of a run: the first states are the reference."""
     rows = []
     for row in range(len(batches[0].pattern)):
         nothing = np.full((5, len(found), 4), np.nan), np.full(len(found), np.nan)
         try:
             origin, g = true_lattice(batches[0], row)
-            peaks = as_scan(found, row)
+            peaks = as_scan(found, row, least_dilation)
             lattice = fit_lattice(peaks, basis=g, origin=origin)
             region = (0, 1, 0, n_reference)
             own, plain = (compute_strain(lattice, reference=region, peaks=p) for p in (peaks, None))
@@ -211,7 +214,8 @@ def table(
         for electrons in DOSES:
             batches = [draw(pool, int(state), electrons) for state in order]
             for method, find in detectors.items():
-                found = read([find(batch) for batch in batches], batches, n_reference)
+                least = LEAST_DILATION.get(method, 0.0)
+                found = read([find(batch) for batch in batches], batches, n_reference, least)
                 n = int(np.isfinite(found.error[:n_reference]).all(-1).any(0).sum())
                 dose = f"{electrons:.0e}".replace("e+0", "e")
                 for name, states in others.items():

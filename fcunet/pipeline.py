@@ -140,9 +140,9 @@ def find_peaks(
         "centre": list(map(float, calibration.centre)),
     }
     if chosen.method == "fcunet":
-        from .nn.weights import network_config
+        from .nn.weights import least_shared_dilation
 
-        peaks.attrs["shared_dilation_floor"] = network_config(chosen.weights).dilation_floor
+        peaks.attrs["shared_dilation_floor"] = least_shared_dilation(chosen.weights)
     if np.isfinite(scatter := float(getattr(calibration, "origin_std_px", np.nan))):
         peaks.attrs["origin_std_px"] = scatter
     if datacube.sizes["qy"] > 1 and "qy" in datacube.coords:

@@ -178,8 +178,7 @@ def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array
     n = int(kept.sum())
     if covariance is None:
         return _deformed(first, middle), None, kept
-    # of a median of n: pi / 2 times that of a mean, once n is not tiny (asymptotic, normal errors)
-    factor = (1.0 if n < 3 else np.pi / 2) / n
+    factor = _median_variance(n)
     mean, variance = _mean_covariance(covariance, kept)
     if word == "weighted_median":
         weight = 1 / np.where(variance > 0, variance, np.nan)
@@ -187,6 +186,11 @@ def _middle(g: Array, covariance: Array | None, word: str) -> tuple[Array, Array
             middle = np.array([_weighted_median(values[kept, i], weight) for i in range(4)])
             mean = mean / (np.nanmean(variance) * np.nanmean(weight))
     return _deformed(first, middle), mean * factor, kept
+
+
+def _median_variance(n: int) -> float:
+    """Variance of the median of `n` normal values, in units of theirs, to 2 %: pi / 2 n for many."""
+    return 1 / n if n < 3 else np.pi / 2 / (n + (np.pi / 2 - 1 if n % 2 else 1.3))
 
 
 def _mean_covariance(covariance: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:

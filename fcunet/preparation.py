@@ -19,7 +19,7 @@ from .cepstral import REAL_SPACE
 from .config import Config
 from .layout import BlockGrid
 from .nn.range import TrainingRange
-from .nn.weights import network_config, resolve_weights, training_facts
+from .nn.weights import least_shared_dilation, resolve_weights, training_facts
 from .pipeline import INTENSITY_ATTRS
 from .provenance import input_fingerprint, provenance
 from .remote import Place, Remote, scan_of
@@ -139,7 +139,7 @@ def prepare(plan: PlannedRun, known: Calibration | None = None) -> Calibration:
             "training_range": asdict(TrainingRange.of_weights(training_facts(plan.weights)))
             if plan.weights
             else None,
-            "shared_dilation_floor": network_config(plan.weights).dilation_floor if plan.weights else None,
+            "shared_dilation_floor": least_shared_dilation(plan.weights) if plan.weights else None,
             "space": REAL_SPACE if plan.config.detection.method == "cepstral" else None,
             "run_id": run_id_of(plan),
             "input_samples": _sample_digests(plan.datacube),

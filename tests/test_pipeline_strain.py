@@ -224,6 +224,12 @@ def test_compute_strain__error_bars_include_the_reference():
     assert (many["e_xx_std"] < one["e_xx_std"]).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 25])
+def test_median_variance__is_that_of_medians(n):
+    drawn = np.median(np.random.default_rng(n).normal(size=(200_000, n)), axis=1).var()
+    assert pipeline_reference._median_variance(n) == pytest.approx(drawn, rel=0.03)
+
+
 def test_compute_strain__error_bars_hold_a_dilation_shared_by_all_peaks(peaks):
     told = with_dilation(peaks, 4e-4)
     told["shared_dilation_std"][0, 0] = np.nan  # nothing known of it

@@ -384,6 +384,11 @@ def straighten(log_sigma: Tensor, count: Tensor, curve: Sequence[Sequence[float]
     return log_sigma + torch.lerp(few, many, share.clamp(max=1)[:, None])
 
 
+def least_dilation(scale: float, floor: float) -> float:
+    """The smallest shared dilation that is stated with this calibration: so much is alike in all patterns."""
+    return math.hypot(scale * math.exp(_DILATION_RANGE[0]), floor)
+
+
 def within(bounds: tuple[float, float], value: Tensor) -> Tensor:
     """Any number as one within `bounds`, approached smoothly: a hard clamp would stop the gradient."""
     low, high = bounds

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from .disks import least_dilation
 from .model import FCUNetConfig, Network
 from .published import build_network
 
@@ -84,6 +85,14 @@ def network_config(weights: str | os.PathLike[str]) -> FCUNetConfig:
     """Architecture and thresholds of packaged weights or of a weights folder."""
     folder, _ = resolve_weights(weights)
     return FCUNetConfig.from_dict(_read_config(folder)["model"])
+
+
+def least_shared_dilation(weights: str | os.PathLike[str]) -> float:
+    """The smallest `shared_dilation_std` that a network states: that part is alike in all patterns."""
+    config = network_config(weights)
+    if not config.reader_width:
+        return config.dilation_floor
+    return least_dilation(config.dilation_scale, config.dilation_floor)
 
 
 def load_model(
