@@ -7,6 +7,7 @@ import typer
 
 from . import __version__
 from .config import Config
+from .lock import make_run_folder
 from .schema import STRAIN_COMPONENTS
 
 _FIELD = 3.17  # 1/angstrom across the detector: about ninety disks
@@ -40,7 +41,7 @@ def run_demo(
     from .simulation.scan import simulate
     from .store import open_truth, write_datacube
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_run_folder(out)
     store = out / "scan.zarr"
     settings = f"scan {scan[0]} x {scan[1]}, detector {detector}, dose {dose:g}, seed {seed}"
     marker = out / "simulation.txt"

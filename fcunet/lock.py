@@ -16,6 +16,18 @@ HEARTBEAT_S = 10.0
 STALE_S = 120.0  # a holder on another host that has not refreshed the file for so long is taken for dead
 
 
+def make_run_folder(folder: Path) -> None:
+    """Make the directory of a run, and those above it; ValueError where a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        taken = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ValueError(
+            f"{taken} is a file, but a folder is needed for the results; "
+            "name another one: --out FOLDER"
+        ) from err
+
+
 class RunLockedError(RuntimeError):
     """Another run holds the directory."""
 
@@ -44,7 +56,7 @@ class RunLock:
         self._released = threading.Event()
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_run_folder(self.path.parent)
         for _ in range(5):  # several may find the same stale lock at once
             if self._create():
                 threading.Thread(target=self._refresh, name="fcunet-lock", daemon=True).start()

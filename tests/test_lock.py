@@ -31,6 +31,13 @@ def test_run_lock__is_gone_afterwards_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_run_lock__needs_a_folder_and_says_so(tmp_path, below):
+    (tmp_path / "taken").write_text("no folder")
+    with pytest.raises(ValueError, match=r"taken is a file, but a folder is needed.*--out FOLDER"):
+        RunLock(tmp_path / "taken" / below).__enter__()
+
+
 def test_run_lock__refuses_a_second_holder_with_the_name_of_the_first(tmp_path):
     holder = rf"process {os.getpid()} on {socket.gethostname()} \({getpass.getuser()}.*\) since .*--out"
     with RunLock(tmp_path), pytest.raises(RunLockedError, match=holder), RunLock(tmp_path):
