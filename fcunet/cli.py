@@ -392,7 +392,9 @@ def explore(
 def export(
     source: Annotated[str, typer.Argument(help="run directory, or a datacube")],
     out: Annotated[Path, typer.Argument(help="file to write")],
-    to: Annotated[str, typer.Option(help="csv, parquet, netcdf, py4dstem or zspy")] = "csv",
+    to: Annotated[
+        str | None, typer.Option(help="csv, parquet, netcdf, py4dstem or zspy; default: as OUT ends")
+    ] = None,
     what: Annotated[str, typer.Option(help="strain or peaks, for tables and netcdf")] = "strain",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
 ) -> None:

@@ -30,7 +30,7 @@ Source = xr.DataTree | xr.Dataset | str | Path
 
 
 def export(
-    source: Source, path: str | Path, to: str = "csv", *, what: str = "strain", overwrite: bool = False
+    source: Source, path: str | Path, to: str | None = None, *, what: str = "strain", overwrite: bool = False
 ) -> Path:
     """Write results, peaks or a datacube as a file for other programs.
 
@@ -40,7 +40,8 @@ def export(
         Results, peaks, a run directory with both, or a datacube, which may be at a URL.
     path : path
         File to write; its folder must exist.
-    to : str
+    to : str, optional
+        None: what the ending of `path` says, .csv, .parquet, .nc, .h5 or .emd (py4DSTEM), .zspy.
         ``"csv"``, ``"parquet"``: a tidy table, one line per scan position, or per peak; empty where a value
         is missing; units in the names. ``"netcdf"``: the groups of the results, labels and units kept,
         readable with ``xarray.open_datatree``; or the peaks. ``"py4dstem"``: EMD 1.0 with ``braggvectors``
@@ -66,6 +67,7 @@ def export(
         For an unknown format, or a source that lacks what is asked for.
     """
     path = Path(path)
+    to = _format_of(path) if to is None else to
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
     if what not in ("strain", "peaks"):
@@ -87,6 +89,19 @@ def export(
         write = {"csv": _write_csv, "parquet": _write_parquet, "netcdf": _write_netcdf}[to]
         _atomically(path, lambda partial: write(partial, wanted))
     return path
+
+
+def _format_of(path: Path) -> str:
+    """The format that an ending stands for."""
+    endings = {f".{ending}": name for name, ending in _SUFFIX.items()}
+    endings |= {".emd": "py4dstem", ".hdf5": "py4dstem"}
+    found = endings.get(path.suffix.lower(), "csv" if path.is_dir() else None)  # a folder is refused later
+    if found is None:
+        raise ValueError(
+            f"the ending of {path} stands for no format; use one of {', '.join(endings)}, or name the "
+            f"format: --to {', '.join(FORMATS)}"
+        )
+    return found
 
 
 _SUFFIX = {"csv": "csv", "parquet": "parquet", "netcdf": "nc", "py4dstem": "h5", "zspy": "zspy"}

@@ -23,8 +23,7 @@ def make_run_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError) as err:
         taken = next(path for path in (folder, *folder.parents) if path.exists())
         raise ValueError(
-            f"{taken} is a file, but a folder is needed for the results; "
-            "name another one: --out FOLDER"
+            f"{taken} is a file, but a folder is needed for the results; name another one: --out FOLDER"
         ) from err
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,6 +171,16 @@ def test_export__leaves_nothing_behind_when_it_fails(tmp_path, results, monkeypa
         export(results, tmp_path / "old.h5", to="py4dstem", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["old.h5"]
     assert (tmp_path / "old.h5").read_text() == "old"
+
+
+def test_export__takes_the_format_from_the_ending(tmp_path, results):
+    assert xr.open_datatree(export(results, tmp_path / "a.nc"))["strain/e_xx"].shape == (8, 10)
+    assert h5py.is_hdf5(export(results, tmp_path / "a.EMD"))
+    assert export(results, tmp_path / "a.csv").read_text().startswith("row,column")
+    assert export(results, tmp_path / "a.table", to="csv").read_text().startswith("row,column")
+    with pytest.raises(ValueError, match=r"a\.dat stands for no format; use one of \.csv, .*--to csv"):
+        export(results, tmp_path / "a.dat")
+    assert not (tmp_path / "a.dat").exists()
 
 
 def test_export__says_what_is_wrong(tmp_path, results, peaks):
