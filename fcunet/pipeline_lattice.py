@@ -22,7 +22,7 @@ from .systematic import calibration_residuals
 Array = NDArray[np.float64]
 
 _SAMPLE_BLOCKS, _SAMPLE_PATTERNS = 36, 2048
-_CURVE_PATTERNS, _CURVE_ROUNDS = 256, 2
+_CURVE_PATTERNS, _CURVE_ROUNDS = 128, 2
 
 
 def fit_lattice(

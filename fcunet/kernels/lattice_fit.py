@@ -21,6 +21,7 @@ from .lattice_index import (
     check_basis,
     checked_spacing,
     fractional,
+    invert_symmetric,
     nearest_site,
     normal_equations,
     one_per_site,
@@ -36,7 +37,7 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 # smallest gain in log-likelihood of a lattice over unrelated peaks: reached by 5 to 30 random ones in at most
 # 0.06 % of patterns, by 6 peaks of a lattice known to 0.5 px always
 _MIN_EVIDENCE = 18.0
-_CHUNK = 1 << 17  # peaks worked on at once: about 20 arrays of 1 MB
+_CHUNK = 1 << 16  # peaks worked on at once: about 20 arrays of half a MB
 _GROWTH = 1.7  # each round of indexing reaches this much further out
 _RIDGE = 0.5  # pull towards the given lattice while indexing, in peaks
 _TUKEY = 4.685  # cut of the biweight in standard deviations: 95 % efficiency per axis
@@ -260,6 +261,7 @@ class _Block:
                 / np.maximum(np.max(intensity, axis=1, where=present, initial=0), 1e-300)[:, None]
             )
             self.weight = relative if weighting == "intensity" else relative**2
+        self.variance = self.sigma**2
         self.brightness = present.astype(np.float64)
         if (
             intensity is not None
@@ -277,8 +279,10 @@ class _Block:
             near = self.brightness * (self.radius2 <= (2.2 * longest) ** 2)
             h, k = fractional(self.y, self.x, np.linalg.inv(g_start))
             # mean phase of the peaks around the guess = where the nearest site lies
-            phase = [np.angle((near * np.exp(2j * np.pi * i)).sum(1)) / (2 * np.pi) for i in (h, k)]
-            self.origin = np.stack(phase, 1) @ g_start
+            turns = 2 * np.pi * np.stack([h, k])
+            sine, cosine = ((near * wave(turns)).sum(-1) for wave in (np.sin, np.cos))
+            phase = np.arctan2(sine, cosine) / (2 * np.pi)
+            self.origin = phase.T @ g_start
         seed = self.origin
         self.g = np.broadcast_to(g_start, (n, 2, 2))
         reach, farthest = 1.5 * longest, np.sqrt(self.radius2.max(initial=0.0))
@@ -313,7 +317,10 @@ class _Block:
     def _scaled_residuals(self):
         """Squared residuals in units of the Tukey cut."""
         ry, rx = residuals(self.y, self.x, self.h, self.k, self.origin, self.g)
-        squared = (ry**2 + rx**2) / self.sigma**2
+        ry *= ry
+        rx *= rx
+        ry += rx
+        squared = np.divide(ry, self.variance, out=ry)
         count = self.used.sum(1)
         # median of chi-squared with two degrees of freedom: 2 ln 2; three of `count` points are absorbed by
         # the fit
@@ -329,7 +336,7 @@ class _Block:
         self.solvable = well_posed(normal)
         normal[~self.solvable], right[~self.solvable] = np.eye(3), 0
         total = normal[:, :1, :1].copy()  # robust weights can be all but zero
-        self.inverse = np.linalg.inv(normal / total) / total
+        self.inverse = invert_symmetric(normal / total) / total
         step = self.inverse @ right
         if not self.fit_origin:
             self.inverse[:, 0, 0] = 0

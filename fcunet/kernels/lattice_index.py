@@ -131,11 +131,13 @@ def fractional(y, x, inverse):
 
 def nearest_site(y, x, origin, g):
     """Indices (as floats) of the nearest sites, and squared distances from them; g reduced, (n, 2, 2)."""
-    y, x = y - origin[:, :1], x - origin[:, 1:]
-    h, k = (np.rint(i) for i in fractional(y, x, invert(g)))
-    ry = y - h * g[:, 0, 0, None] - k * g[:, 1, 0, None]
-    rx = x - h * g[:, 0, 1, None] - k * g[:, 1, 1, None]
-    return h, k, ry**2 + rx**2
+    h, k = fractional(y - origin[:, :1], x - origin[:, 1:], invert(g))
+    h, k = np.rint(h, out=h), np.rint(k, out=k)
+    ry, rx = residuals(y, x, h, k, origin, g)
+    ry *= ry
+    rx *= rx
+    ry += rx
+    return h, k, ry
 
 
 def invert(g):
@@ -168,11 +170,13 @@ def one_per_site(h, k, distance2, candidates):
 
 def residuals(y, x, h, k, origin, g):
     """Peak minus site, g (2, 2) or (n, 2, 2)."""
-    g = g[..., None]
-    return (
-        y - origin[:, :1] - h * g[..., 0, 0, :] - k * g[..., 1, 0, :],
-        x - origin[:, 1:] - h * g[..., 0, 1, :] - k * g[..., 1, 1, :],
-    )
+    g, out = g[..., None], []
+    for i, v in enumerate((y, x)):  # in place: arrays made anew take most of the time
+        site = h * g[..., 0, i, :]
+        site += k * g[..., 1, i, :]
+        site += origin[:, i, None]
+        out.append(np.subtract(v, site, out=site))
+    return out[0], out[1]
 
 
 def normal_equations(w, h, k, ry, rx):
@@ -186,6 +190,16 @@ def normal_equations(w, h, k, ry, rx):
     normal = np.stack([s, sh, sk, sh, hh, hk, sk, hk, kk], -1).reshape(-1, 3, 3)
     right = np.stack([total(a, r) for a in (w, wh, wk) for r in (ry, rx)], -1).reshape(-1, 3, 2)
     return normal, right
+
+
+def invert_symmetric(matrix):
+    """Inverses of symmetric matrices (n, 3, 3) from their cofactors: a third of the time of LAPACK's."""
+    a, b, c, d, e, f = (matrix[:, i, j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)))
+    first = d * f - e * e, c * e - b * f, b * e - c * d
+    rest = a * f - c * c, b * c - a * e, a * d - b * b
+    cofactors = np.stack([*first, first[1], *rest[:2], first[2], *rest[1:]], -1)
+    determinant = a * first[0] + b * first[1] + c * first[2]
+    return (cofactors / determinant[:, None]).reshape(-1, 3, 3)
 
 
 def well_posed(normal):

@@ -17,7 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .lattice_index import DEFAULT_SPACING, nearest_site, normal_equations, residuals, row_median, well_posed
+from .lattice_index import (
+    DEFAULT_SPACING,
+    invert_symmetric,
+    nearest_site,
+    normal_equations,
+    residuals,
+    row_median,
+    well_posed,
+)
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -98,7 +106,7 @@ def fit_sigma_curve(
         a = np.stack([np.ones_like(members.ry), members.h, members.k], -1)
         normal, _ = normal_equations(members.weight, members.h, members.k, members.ry, members.rx)
         solvable = well_posed(normal)
-        inverse = np.linalg.inv(np.where(solvable[:, None, None], normal, np.eye(3)))
+        inverse = invert_symmetric(np.where(solvable[:, None, None], normal, np.eye(3)))
         share = members.weight * np.einsum("npi,nij,npj->np", a, inverse, a, optimize=True)
         kept = (members.weight > 0) & (share < _FREE) & solvable[:, None]
         own = stated[rows][kept]
@@ -262,7 +270,7 @@ def _chi2(members: _Members, *vectors: tuple[Array, Array]) -> list[_Chi2]:
     weight, h, k = members.weight, members.h, members.k
     normal, first = normal_equations(weight, h, k, *vectors[0])
     solvable = well_posed(normal)
-    inverse = np.linalg.inv(np.where(solvable[:, None, None], normal, np.eye(3)))
+    inverse = invert_symmetric(np.where(solvable[:, None, None], normal, np.eye(3)))
     inverse[~solvable] = np.nan
     out = []
     for i, (y, x) in enumerate(vectors):
