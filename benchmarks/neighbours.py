@@ -3,13 +3,13 @@
     python -m benchmarks.neighbours  # some ten minutes on one core
 
 A scan is bent by some mrad and wedged by some percent: its reference is a neighbour, not the truth.
-Crystals of the validation prototypes (``--split train``: those on which `_LEFT` of `fcunet.kernels.strain`
-was chosen) are scattered at a place and a few mrad or percent of the thickness away from it, and drawn on the
-same detector; the strain that each pattern shows is compared with the median of the near ones. Much of what
-displaces the disks is the same in both, and the residuals of the peaks tell how much
-(`fcunet.kernels.residuals`). The same is done for alloys: the reference is one crystal, the
-other place has up to half of its atoms replaced by those of another crystal of the same prototype. Writes
-``benchmarks/results/neighbours.md``.
+Crystals of the validation prototypes (``--split train``: those on which the rule of
+`fcunet.kernels.strain.shared_dilation_left` was found) are scattered at a place and a few mrad or percent of
+the thickness away from it, and drawn on the same detector; the strain that each pattern shows is compared
+with the median of the near ones. Much of what displaces the disks is the same in both, and the residuals of
+the peaks tell how much (`fcunet.kernels.residuals`). The same is done for alloys: the reference is one
+crystal, the other place has up to half of its atoms replaced by those of another crystal of the same
+prototype. Writes ``benchmarks/results/neighbours.md``.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def make_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as err:
-        taken = next(path for path in (folder, *folder.parents) if path.exists())
+        taken = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
         raise ValueError(
             f"{taken} is a file, but a folder is needed for the results; name another one: --out FOLDER"
         ) from err

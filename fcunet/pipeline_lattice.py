@@ -136,6 +136,7 @@ def fit_lattices(
     schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
     check_whole_peaks(peaks)
     if cepstral.in_real_space(peaks):
+        options["sigma_from_scan"] = sigma_from_scan
         return [_fit_cepstral(peaks, basis, min_num_peaks, weighting, options)]
     rescaled = sigma_from_scan and weighting == "sigma" and "peak_sigma" in peaks
     sample = _sample(peaks) if rescaled or basis is None or origin is None else None
@@ -162,7 +163,10 @@ def fit_lattices(
     places = {"max_lattices": int(max_lattices), "in_order": known}
     curve = None
     if rescaled and sample is not None:
-        curve = _sigma_curve(sample, bases, options | places)
+        if origin is not None:
+            sample = sample.drop_vars(["origin_qy", "origin_qx"], errors="ignore")
+        best = places if known else {"max_lattices": 1, "in_order": False}
+        curve = _sigma_curve(sample, bases, options | best)
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
@@ -235,6 +239,7 @@ def _fit_cepstral(
         weighting=weighting,
         robust=options.get("robust", True),
         min_num_peaks=min_num_peaks,
+        sigma_from_scan=options["sigma_from_scan"],
     )
     return cepstral.to_reciprocal(fitted, peaks)
 
@@ -317,7 +322,10 @@ def _common_lattices(
 def _sigma_curve(sample: xr.Dataset, bases: list[kernel.Basis], options: dict) -> SigmaCurve | None:
     """How far the peaks of a sample scatter; None if they are too few to tell."""
     sample = sample.stack(position=schema.SCAN_DIMS).transpose("position", ...)
-    sample = sample.isel(position=slice(None, None, max(1, sample.sizes["position"] // _CURVE_PATTERNS)))
+    n = sample.sizes["position"]
+    # at random: equal steps would fall on few columns of the scan
+    chosen = np.sort(np.random.default_rng(0).permutation(n)[:_CURVE_PATTERNS])
+    sample = sample.isel(position=chosen)
     qy, qx, sigma = (sample[name].values for name in ("peak_qy", "peak_qx", "peak_sigma"))
     optional, rest = ["peak_sigma"], [sigma]
     if "peak_intensity" in sample:
@@ -325,13 +333,19 @@ def _sigma_curve(sample: xr.Dataset, bases: list[kernel.Basis], options: dict) -
     if {"origin_qy", "origin_qx"} <= set(sample):
         optional.append("origin")
         rest += [sample[name].values.astype(float) for name in ("origin_qy", "origin_qx")]
-    curve = None
+    places, curve = int(options["max_lattices"]), None
     for _ in range(_CURVE_ROUNDS):
-        oy, ox, *vectors = _fit_block(
-            qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve
-        )[:6]
-        g, origin = np.stack(vectors, -1).reshape(-1, 2, 2), np.stack([oy, ox], -1)
-        curve = fit_sigma_curve(qy, qx, sigma, g=g, origin=origin, curve=curve)
+        found = _fit_block(qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve)
+        step = len(found) // places
+        vectors = [np.stack(found[i * step : i * step + 6], -1) for i in range(places)]  # (n, 6) each
+        origin, g = np.split(np.concatenate(vectors), [2], axis=1)
+        curve = fit_sigma_curve(
+            *(np.tile(v, (places, 1)) for v in (qy, qx, sigma)),
+            g=g.reshape(-1, 2, 2),
+            origin=origin,
+            curve=curve,
+            fit_origin=bool(options.get("fit_origin", True)),
+        )
     return curve
 
 

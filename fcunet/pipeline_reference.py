@@ -19,7 +19,7 @@ WORDS = ("median", "robust_median", "weighted_median", "grain")
 VECTORS = schema.LATTICE_PARAMETERS[2:]  # g1_qy, g1_qx, g2_qy, g2_qx
 ORIGIN = schema.LATTICE_PARAMETERS[:2]
 _PART = 2**16  # positions at a time
-_SAMPLE = 2**11  # positions whose peaks tell what is usual in a reference
+_SAMPLE, _LEAST_SAMPLE = 2**11, 16  # positions whose peaks tell what is usual in all references, and in each
 _SMALLEST_GRAIN = 4  # positions that a grain needs to be a reference for itself
 
 
@@ -79,9 +79,11 @@ def find_references(
             "or vectors ((g1_y, g1_x), (g2_y, g2_x)) in px; the words are " + ", ".join(WORDS)
         )
     names = [n for n in (*VECTORS, "covariance", *schema.SHARED_DILATION) if n in lattice]
+    names += list(ORIGIN) if peaks is not None else []
     whole = lattice[names].compute()
     numbers = [int(n) for n in np.unique(member.values) if n > 0]
     found: dict[int, Reference] = {}
+    label = np.zeros(member.shape, dtype=np.int64)
     for number in numbers or [1]:
         group = member == number
         if isinstance(reference, str) and reference == "grain" and int(group.sum()) < _SMALLEST_GRAIN:
@@ -94,64 +96,70 @@ def find_references(
             if number == min(numbers, default=1) or isinstance(reference, str):
                 raise
             found[number] = _reference(own, "median")
+        if found[number].used is not None:
+            label[found[number].used] = number
+            found[number] = found[number]._replace(used=None)
     if not found:
         raise ValueError(
             f"no grain has {_SMALLEST_GRAIN} positions, so none can be its own reference; "
             "use reference='median'"
         )
-    return found if peaks is None else _with_residuals(found, lattice, peaks)
+    return found if peaks is None else _with_residuals(found, label, whole, peaks)
 
 
-def peak_arrays(peaks: xr.Dataset, lattice: xr.Dataset) -> list[xr.DataArray]:
-    """`peak_qy`, `peak_qx`, and `peak_sigma` as the lattices were fitted with it, if they were."""
+def peak_arrays(peaks: xr.Dataset, attrs: dict[str, Any]) -> list[xr.DataArray]:
+    """`peak_qy`, `peak_qx`, and `peak_sigma` as the lattices with these attributes were fitted with it."""
     arrays = [peaks[name].reset_coords(drop=True) for name in ("peak_qy", "peak_qx")]
-    if "peak_sigma" in peaks and lattice.attrs.get("weighting", "sigma") == "sigma":
-        arrays.append(xr.apply_ufunc(
-            corrected_sigma, peaks["peak_sigma"].reset_coords(drop=True), kwargs={"attrs": lattice.attrs},
-            dask="parallelized", output_dtypes=[np.float64],
-        ))  # fmt: skip
-        arrays[-1].name = "peak_sigma"
+    if "peak_sigma" in peaks and attrs.get("weighting", "sigma") == "sigma":
+        sigma = xr.apply_ufunc(
+            corrected_sigma,
+            peaks["peak_sigma"].reset_coords(drop=True),
+            kwargs={"attrs": attrs},
+            dask="parallelized",
+            output_dtypes=[np.float64],
+        )
+        arrays.append(sigma)
     return arrays
 
 
 def corrected_sigma(sigma: ArrayLike, attrs: dict[str, Any]) -> Array:
     """`peak_sigma`, corrected as the lattices with these attributes were fitted: `sigma_from_scan`."""
-    if "sigma_factor" not in attrs:
+    knots, factors = (np.atleast_1d(attrs.get(name, [])) for name in ("sigma_stated_px", "sigma_factor"))
+    if not knots.size:
         return np.asarray(sigma, dtype=np.float64)
-    curve = SigmaCurve(np.array(attrs["sigma_stated_px"], float), np.array(attrs["sigma_factor"], float))
-    return curve.applied(sigma)
+    return SigmaCurve(knots.astype(float), factors.astype(float)).applied(sigma)
 
 
 def _with_residuals(
-    references: dict[int, Reference], lattice: xr.Dataset, peaks: xr.Dataset
+    references: dict[int, Reference], label: NDArray[np.int64], lattice: xr.Dataset, peaks: xr.Dataset
 ) -> dict[int, Reference]:
-    """The same references with the residuals of their peaks, of an even choice of positions."""
-    label = np.zeros([lattice.sizes[d] for d in schema.SCAN_DIMS], dtype=int)
-    for number, own in references.items():
-        if own.used is not None:
-            label[own.used] = number
-    if not label.any():
+    """The same references with the residuals of their peaks, at some of the positions of each.
+
+    `label` (scan_y, scan_x) says of which reference a position is part, 0 of none; `lattice` is in memory.
+    """
+    numbers = [int(n) for n in np.unique(label) if n > 0]
+    each = max(_SAMPLE // max(len(numbers), 1), _LEAST_SAMPLE)
+    rng, places = np.random.default_rng(0), np.flatnonzero(label)
+    places = places[np.argsort(rng.permutation(len(places)))]  # any order, the same every time
+    places = places[np.argsort(label.flat[places], kind="stable")]
+    starts = np.searchsorted(label.flat[places], numbers)
+    chosen = [np.sort(part[:each]) for part in np.split(places, starts[1:])] if numbers else []
+    if not chosen:
         return references
-    step = max(1, int(np.ceil((np.count_nonzero(label) / _SAMPLE) ** 0.5)))
-    index = [
-        slice(int(lines[0]), int(lines[-1]) + 1, step)
-        for lines in (np.flatnonzero(label.any(axis)) for axis in (1, 0))
-    ]
-    here = dict(zip(schema.SCAN_DIMS, index, strict=True))
-    vectors, origin = (
-        np.stack([lattice[name].isel(here).values for name in names], -1) for names in (VECTORS, ORIGIN)
-    )
-    label = label[tuple(index)]
-    spots = xr.Dataset({a.name: a.isel(here) for a in peak_arrays(peaks, lattice)}).compute()
-    values = [a.transpose(*schema.PEAK_DIMS).values for a in spots.values()]
-    found = {}
-    for number, own in references.items():
-        of_it = label == number
-        qy, qx, *rest = (v[of_it] for v in values)
-        sigma = rest[0] if rest else None
-        g = vectors[of_it].reshape(-1, 2, 2)
-        residuals = mean_residuals(qy, qx, g=g, origin=origin[of_it], sigma=sigma)
-        found[number] = own._replace(residuals=residuals, used=None)
+    at = np.unravel_index(np.concatenate(chosen), label.shape)
+    index = {dim: ("position", lines) for dim, lines in zip(schema.SCAN_DIMS, at, strict=True)}
+    spots = peaks[[name for name in schema.PEAK_VARIABLES if name in peaks]].isel(index).compute()
+    values = [a.transpose("position", "peak").values for a in peak_arrays(spots, lattice.attrs)]
+    origin, g = (np.stack([lattice[name].values[at] for name in names], -1) for names in (ORIGIN, VECTORS))
+    found, start = dict(references), 0
+    for number, part in zip(numbers, chosen, strict=True):
+        here = slice(start, start + len(part))
+        start += len(part)
+        qy, qx, *sigma = (v[here] for v in values)
+        residuals = mean_residuals(
+            qy, qx, g=g[here].reshape(-1, 2, 2), origin=origin[here], sigma=sigma[0] if sigma else None
+        )
+        found[number] = references[number]._replace(residuals=residuals)
     return found
 
 

@@ -172,7 +172,7 @@ def compute_strain(
     core: list[list[str]] = [[]] * 5 + [matrix if name == "covariance" else [] for name in errors]
     measured = any(one.residuals is not None for one in flat.values())
     if measured and peaks is not None:
-        of_peaks = peak_arrays(peaks, lattice)
+        of_peaks = peak_arrays(peaks, lattice.attrs)
         arrays += [*(lattice[name] for name in ORIGIN), *of_peaks]
         core += [[]] * len(ORIGIN) + [["peak"]] * len(of_peaks)
     lazy = next((a.chunksizes for a in arrays if a.chunks is not None), None)
@@ -189,6 +189,7 @@ def compute_strain(
             "options": options,
             "ellipse": ellipse,
             "floor": float(lattice.attrs.get("shared_dilation_floor", 0.0)),
+            "fit_origin": bool(lattice.attrs.get("fit_origin", True)),
         },
         input_core_dims=core,
         output_core_dims=[[]] * 14 + [["row", "column"]],
@@ -288,8 +289,12 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
 
 
 def _checked_peaks(peaks: xr.Dataset | None, lattice: xr.Dataset) -> xr.Dataset | None:
-    """Peaks that go with `lattice`; None where residuals mean nothing, as of vectors of real space."""
-    if peaks is None or cepstral.in_real_space(peaks):
+    """Peaks that go with `lattice`; None where residuals tell little.
+
+    Those are vectors of real space, and fits whose weights are not known any more.
+    """
+    by_intensity = str(lattice.attrs.get("weighting", "sigma")).startswith("intensity")
+    if peaks is None or cepstral.in_real_space(peaks) or by_intensity:
         return None
     schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
     schema.check_variables(lattice, schema.LATTICE, required=ORIGIN, where="lattice")
@@ -311,6 +316,7 @@ def _strain_block(
     options: dict,
     ellipse: Ellipse,
     floor: float,
+    fit_origin: bool,
 ):
     """Vector components, number of the reference, `errors`, and where residuals count the origin and peaks.
 
@@ -344,6 +350,7 @@ def _strain_block(
                 g=measured[here],
                 origin=np.stack([oy, ox], -1),
                 sigma=sigma[0] if sigma else None,
+                fit_origin=fit_origin,
             )
         if covariance is not None:
             alone = np.where(np.isfinite(ratio[here]), ratio[here], 1.0)[:, None, None] ** 2

@@ -385,6 +385,68 @@ def test_fit_lattice__corrects_sigma_by_the_scatter_of_the_scan():
     assert np.std(e_xx) == pytest.approx(1, abs=0.2)  # 80 positions: 0.08
 
 
+def test_fit_lattice__corrects_sigma_by_the_whole_scan_and_not_a_column_of_it():
+    peaks = textured_peaks(0.0).isel(scan_x=np.arange(128) % 24, scan_y=np.arange(32) % 24)
+    peaks = peaks.assign_coords(scan_x=np.arange(128.0), scan_y=np.arange(32.0))
+    worse = 0.5 * np.random.default_rng(2).normal(size=peaks["peak_qy"].shape)
+    worse[:, 1:] = 0
+    peaks["peak_qy"] = peaks["peak_qy"] + worse
+    np.testing.assert_allclose(fit_lattice(peaks, basis=G).attrs["sigma_factor"], 0.95, atol=0.15)
+
+
+def test_fit_lattice__corrects_sigma_about_the_origin_it_uses():
+    peaks = textured_peaks(0.0)
+    beside = xr.full_like(peaks["peak_qy"][..., 0], 128.5)
+    off = peaks.assign(origin_qy=beside, origin_qx=beside + 1.5)
+    given = fit_lattice(off, basis=G, origin=(127, 130), fit_origin=False)
+    np.testing.assert_allclose(given.attrs["sigma_factor"], 0.95, atol=0.15)
+
+
+def test_fit_lattices__corrects_sigma_by_any_of_the_crystals():
+    peaks = textured_peaks(0.0)
+    absent = 1.37 * G @ np.array([[0.8, 0.6], [-0.6, 0.8]])
+    _, second = fit_lattices(peaks, basis=[absent, G], origin=(127, 130), max_lattices=2)
+    assert (second["lattice_id"] == 2).all()
+    np.testing.assert_allclose(second.attrs["sigma_factor"], 0.95, atol=0.15)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.2])
+def test_compute_strain__with_a_fixed_origin_an_offset_of_all_patterns_is_no_error(off):
+    peaks = textured_peaks(0.5)
+    lattice = fit_lattice(peaks, basis=G, origin=(127 + off, 130), fit_origin=False)
+    strain = compute_strain(lattice, peaks=peaks)
+    z = [strain[c] / strain[f"{c}_std"] for c in schema.STRAIN_COMPONENTS]
+    assert float(np.std(z)) == pytest.approx(1, abs=0.08)
+
+
+def test_compute_strain__knows_every_grain_by_a_fair_sample_of_its_patterns(monkeypatch):
+    monkeypatch.setattr(pipeline_reference, "_SAMPLE", 64)
+    peaks = textured_peaks(0.9)
+    lattice = fit_lattice(peaks, basis=G)
+    grains = np.add.outer(np.arange(24) // 6 * 4, np.arange(24) // 6) + 1  # 16 of 36 positions
+    member = lattice["lattice_id"].copy(data=grains)
+    references = pipeline_reference.find_references(lattice, "median", member, peaks)
+    assert len(references) == 16
+    assert all((one.residuals.n_patterns == 16).all() for one in references.values())
+
+
+def test_compute_strain__takes_a_single_factor_as_netcdf_gives_it_back():
+    peaks = textured_peaks(0.5).isel(scan_y=slice(0, 2), scan_x=slice(0, 2))  # few peaks
+    lattice = fit_lattice(peaks, basis=G)
+    names = ("sigma_factor", "sigma_stated_px")
+    assert all(len(lattice.attrs[name]) == 1 for name in names)
+    scalars = lattice.assign_attrs({name: lattice.attrs[name][0] for name in names})
+    xr.testing.assert_identical(
+        compute_strain(scalars, peaks=peaks)["residual_ratio"],
+        compute_strain(lattice, peaks=peaks)["residual_ratio"],
+    )
+
+
+def test_compute_strain__of_weights_by_intensity_leaves_the_bars_alone(peaks):
+    lattice = fit_lattice(peaks, weighting="intensity")
+    assert "residual_ratio" not in compute_strain(lattice, peaks=peaks)
+
+
 def test_compare_with_truth__counts_error_bars():
     F = truth()
     true = xr.Dataset(

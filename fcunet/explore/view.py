@@ -177,7 +177,7 @@ class Maps:
     def lattice(self) -> xr.Dataset:
         """The lattice vectors of every position, in memory, without their covariance."""
         lattice = self.sources.tree["lattice"].dataset
-        names = (*schema.LATTICE_PARAMETERS, "lattice_id", *schema.SHARED_DILATION)
+        names = (*schema.LATTICE_PARAMETERS, *schema.SHARED_DILATION)
         return lattice[[n for n in names if n in lattice]].load()
 
     def strain(self, view: View) -> xr.Dataset:
@@ -328,20 +328,23 @@ class Maps:
         origin, g, _ = self.sources.lattice_at(y, x)
         peaks = self.sources.peaks_at(y, x)
         sigma = corrected_sigma(peaks["peak_sigma"], self.lattice.attrs)
+        weighed = self.lattice.attrs.get("weighting", "sigma") == "sigma" and np.isfinite(sigma).any()
         ratio = residual_ratio(
             peaks["peak_qy"][None],
             peaks["peak_qx"][None],
             reference.residuals,
             g=g[None],
             origin=origin[None],
-            sigma=sigma[None] if np.isfinite(sigma).all() else None,
+            sigma=sigma[None] if weighed else None,
+            fit_origin=bool(self.lattice.attrs.get("fit_origin", True)),
         )
         return float(ratio[0])
 
     def _references(self, region: Region) -> dict[int, Reference]:
         """Reference lattices of a region, with the residuals of their peaks if those are at hand."""
         peaks = self.sources.peaks
-        known = peaks is not None and not in_real_space(peaks)
+        by_intensity = str(self.lattice.attrs.get("weighting", "sigma")).startswith("intensity")
+        known = peaks is not None and not in_real_space(peaks) and not by_intensity
         if known and region not in self._reference:
             numbers = lattice_numbers(self.lattice)
             self._reference = {region: find_references(self.lattice, region, numbers, peaks)}

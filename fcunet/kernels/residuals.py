@@ -80,6 +80,7 @@ def fit_sigma_curve(
     g: ArrayLike,
     origin: ArrayLike,
     curve: SigmaCurve | None = None,
+    fit_origin: bool = True,
 ) -> SigmaCurve | None:
     """How far peaks scatter about their lattices, by what is stated of them.
 
@@ -91,13 +92,15 @@ def fit_sigma_curve(
         Lattices that were fitted to them, px; NaN where there is none.
     curve : SigmaCurve, optional
         The correction that the lattices were fitted with. None: `sigma` as it is.
+    fit_origin : bool
+        The origin was fitted as well.
 
     Returns
     -------
     SigmaCurve or None
-        Up to 8 knots with as many peaks each, at least 100; None if there are fewer. Factors are root mean
-        squares of the residuals over `sigma`, each peak's divided by sqrt(1 - h), with h the share by which
-        it decides the fit (leverage; MacKinnon and White, doi:10.1016/0304-4076(85)90158-7).
+        Up to 8 knots with about as many peaks each, at least 100; None if there are fewer. Factors are root
+        mean squares of the residuals over `sigma`, each peak's divided by sqrt(1 - h), with h the share by
+        which it decides the fit (leverage; MacKinnon and White, doi:10.1016/0304-4076(85)90158-7).
     """
     stated = np.asarray(sigma, dtype=np.float64)
     used = stated if curve is None else curve.applied(stated)
@@ -105,8 +108,7 @@ def fit_sigma_curve(
     for members, rows in _members(qy, qx, g, origin, used):
         a = np.stack([np.ones_like(members.ry), members.h, members.k], -1)
         normal, _ = normal_equations(members.weight, members.h, members.k, members.ry, members.rx)
-        solvable = well_posed(normal)
-        inverse = invert_symmetric(np.where(solvable[:, None, None], normal, np.eye(3)))
+        solvable, inverse = _inverse(normal, fit_origin)
         share = members.weight * np.einsum("npi,nij,npj->np", a, inverse, a, optimize=True)
         kept = (members.weight > 0) & (share < _FREE) & solvable[:, None]
         own = stated[rows][kept]
@@ -116,8 +118,10 @@ def fit_sigma_curve(
     bins = min(len(own) // _BIN, _MOST_BINS)
     if not bins:
         return None
+    edges = np.unique(np.quantile(own, np.linspace(0, 1, bins + 1)))[1:-1]
+    bin_of = np.searchsorted(edges, own, side="right")  # equal values are in one
     knots, factors = [], []
-    for part in np.array_split(np.argsort(own, kind="stable"), bins):
+    for part in (bin_of == i for i in np.unique(bin_of)):
         values = np.minimum(squared[part], _FAR * np.median(squared[part]))
         knots.append(np.exp(np.log(own[part]).mean()))
         factors.append(np.clip(np.sqrt(values.mean()), *_FACTORS))
@@ -172,6 +176,7 @@ def residual_ratio(
     g: ArrayLike,
     origin: ArrayLike,
     sigma: ArrayLike | None = None,
+    fit_origin: bool = True,
 ) -> Array:
     """Scatter of peaks about those of a reference, in units of their scatter about the lattice.
 
@@ -181,6 +186,8 @@ def residual_ratio(
         As for :func:`mean_residuals`, of n patterns.
     reference : SiteResiduals
         From :func:`mean_residuals`.
+    fit_origin : bool
+        The origins were fitted as well.
 
     Returns
     -------
@@ -201,15 +208,17 @@ def residual_ratio(
     for members, rows in _members(qy, qx, g, origin, sigma):
         mean_y, mean_x, count = _look_up(reference, members)
         both = count > 0
-        degrees = 2.0 * both.sum(1) - 6
+        unknowns = 6.0 if fit_origin else 4.0
+        degrees = 2.0 * both.sum(1) - unknowns
         share = np.sqrt(count / (count + 1))
         own, mean, difference = _chi2(
             members._replace(weight=members.weight * both),
             (members.ry, members.rx),
             (mean_y, mean_x),
             (share * (members.ry - mean_y), share * (members.rx - mean_x)),
+            fit_origin=fit_origin,
         )
-        whole, left = own.left, difference.left + mean.taken * degrees / 6
+        whole, left = own.left, difference.left + mean.taken * degrees / unknowns
         with np.errstate(divide="ignore", invalid="ignore"):
             if sigma is None:  # the scatter itself says how large an error is
                 whole, left = degrees, degrees * left / whole
@@ -265,12 +274,23 @@ class _Chi2(NamedTuple):
     taken: Array  # that one can
 
 
-def _chi2(members: _Members, *vectors: tuple[Array, Array]) -> list[_Chi2]:
+def _inverse(normal: Array, fit_origin: bool) -> tuple[NDArray[np.bool_], Array]:
+    """Where the peaks span a lattice, and the inverse of the normal equations (n, 3, 3), there."""
+    solvable = well_posed(normal)
+    normal = np.where(solvable[:, None, None], normal, np.eye(3))
+    if not fit_origin:
+        normal[:, 0, 1:] = normal[:, 1:, 0] = 0
+    inverse = invert_symmetric(normal)
+    if not fit_origin:
+        inverse[:, 0, 0] = 0
+    return solvable, inverse
+
+
+def _chi2(members: _Members, *vectors: tuple[Array, Array], fit_origin: bool) -> list[_Chi2]:
     """Of vectors (y, x), (n, P) each, at the sites of the peaks."""
     weight, h, k = members.weight, members.h, members.k
     normal, first = normal_equations(weight, h, k, *vectors[0])
-    solvable = well_posed(normal)
-    inverse = invert_symmetric(np.where(solvable[:, None, None], normal, np.eye(3)))
+    solvable, inverse = _inverse(normal, fit_origin)
     inverse[~solvable] = np.nan
     out = []
     for i, (y, x) in enumerate(vectors):

@@ -319,9 +319,9 @@ def shared_dilation_left(
     -----
     Patterns of one crystal err alike, by amounts that their standard deviations tell. Of the signed parts a
     and b, and the rests r and s, ``sqrt((a - b)^2 + (r - s)^2)`` is left. A detector that knows no sign (the
-    network) states less of what patterns have in common: there ``ratio^2 sqrt((r^2 + s^2) / 2)`` is left, as
-    seen on crystals of the training (`benchmarks.neighbours`), and without `ratio` the rests are taken as
-    alike to 0.8, ``sqrt(r^2 + s^2 - 1.6 r s)``.
+    network) states less of what patterns have in common: there ``ratio^2 sqrt((r^2 + s^2) / 2)`` is left, at
+    most ``sqrt(r^2 + s^2)``, as seen on crystals of the training (`benchmarks.neighbours`), and without
+    `ratio` the rests are taken as alike to 0.8, ``sqrt(r^2 + s^2 - 1.6 r s)``.
     """
     total, known = (np.nan_to_num(np.asarray(v, dtype=np.float64)) for v in (std, signed))
     if reference is None:
@@ -336,7 +336,8 @@ def shared_dilation_left(
     if ratio is None:
         return np.asarray(left)
     unlike = np.asarray(ratio, dtype=np.float64)
-    measured = unlike**2 * np.sqrt((rest**2 + rest_of_reference**2) / 2)
+    independent = np.sqrt(rest**2 + rest_of_reference**2)  # no two can differ by more
+    measured = np.minimum(unlike**2 / np.sqrt(2), 1.0) * independent
     return np.where(unsigned & np.isfinite(unlike), measured, left)
 
 

@@ -44,8 +44,8 @@ def second_opinion(run: Run) -> Iterable[str]:
 def residuals(run: Run) -> Iterable[str]:
     """What the residuals of the scan say of the errors of its peaks."""
     words = []
-    factors = run.lattice.attrs.get("sigma_factor")
-    if factors is not None and len(factors):
+    factors = np.atleast_1d(run.lattice.attrs.get("sigma_factor", []))
+    if factors.size:
         words.append(
             f"The peaks scatter by {factors[0]:.2f} (the surest) to {factors[-1]:.2f} (the least sure) times "
             "what the detector states; weights and error bars are corrected by that."

@@ -154,3 +154,11 @@ def test_fit_sigma_curve__of_few_peaks_is_none():
 def test_sigma_curve__is_linear_in_the_logarithms():
     curve = SigmaCurve(np.array([0.1, 0.4]), np.array([1.0, 4.0]))
     np.testing.assert_allclose(curve.applied([0.05, 0.1, 0.2, 0.4, 0.8]), [0.05, 0.1, 0.4, 1.6, 3.2])
+
+
+def test_fit_sigma_curve__of_equal_errors_is_one_factor():
+    found = patterns(draw(200, 0.1) * np.where(np.arange(200) < 100, 1.0, 2.0)[:, None, None])
+    qy, qx, sigma = (found.pop(k) for k in ("qy", "qx", "sigma"))
+    curve = fit_sigma_curve(qy, qx, sigma, **found)
+    assert len(curve.factor) == 1
+    assert curve.factor[0] == pytest.approx(np.sqrt((1 + 4) / 2), rel=0.05)

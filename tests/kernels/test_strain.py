@@ -322,6 +322,8 @@ def test_shared_dilation_left__of_one_without_a_sign_follows_how_unlike_the_patt
     std = np.array([3e-4, 4e-4, np.nan])
     left = shared_dilation_left(std, np.zeros(3), (4e-4, 0.0), [1.0, 0.5, 0.5])
     np.testing.assert_allclose(left, [np.hypot(3, 4) / 2**0.5 * 1e-4, 0.25 * 4e-4, 0.25 * 4e-4 / 2**0.5])
+    apart = shared_dilation_left([3e-4], np.zeros(1), (4e-4, 0.0), [9.0])
+    np.testing.assert_allclose(apart, 5e-4)  # two errors without anything in common
     unknown = shared_dilation_left(std[:2], np.zeros(2), (4e-4, 0.0), [np.nan, np.nan])
     np.testing.assert_allclose(unknown, shared_dilation_left(std[:2], np.zeros(2), (4e-4, 0.0)))
     # against exact vectors all of it counts, whatever else
