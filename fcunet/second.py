@@ -121,6 +121,8 @@ def fall_back(
                 values = values.transpose(*own[name].dims)
                 whole[name] = (own[name].dims, values.values.astype(own[name].dtype), own[name].attrs)
         merged.append(whole)
+    if "residual_ratio" in merged[1] and "residual_ratio" not in second[1]:  # that of the first says nothing
+        merged[1]["residual_ratio"] = merged[1]["residual_ratio"].where(~chosen)
     source = np.where(instead, SECOND, np.where(strain["valid"].values, FIRST, 0))
     merged[1]["source"] = (schema.SCAN_DIMS, source.astype(np.uint8), schema.TRUST["source"].attrs)
     return merged[0], merged[1]

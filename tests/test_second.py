@@ -55,12 +55,14 @@ def test_fall_back__takes_the_second_where_the_first_is_missing_or_in_doubt(opin
     lattice = lattice.where(~gone).assign(n_indexed=lattice["n_indexed"])
     strain = strain.where(~gone).assign(valid=strain["valid"] & ~gone, grain=strain["grain"])
     doubt = (strain["scan_y"] > 10) & xr.ones_like(strain["e_xx"], dtype=bool)
+    strain["residual_ratio"] = xr.full_like(strain["e_xx_std"], 0.7)
     merged_lattice, merged = fall_back((lattice, strain), second, doubt)
     instead = (gone | doubt).transpose("scan_y", "scan_x").values
     np.testing.assert_array_equal(merged["source"], np.where(instead, 2, 1))
     for name in ("e_xx", "theta_std", "grain"):
         expected = np.where(instead, second[1][name], opinions[0][1][name])
         np.testing.assert_array_equal(merged[name], expected)
+    np.testing.assert_array_equal(merged["residual_ratio"].isnull(), instead)  # the second knows none
     np.testing.assert_array_equal(merged_lattice["covariance"][0, 0], second[0]["covariance"][0, 0])
     assert merged["valid"].all()
 
