@@ -8,6 +8,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from . import schema
+from .cepstral import in_real_space
 from .crystal import Crystal, read_crystal
 from .kernels.grains import label_grains
 from .kernels.residuals import SigmaCurve, SiteResiduals, mean_residuals
@@ -105,6 +106,15 @@ def find_references(
             "use reference='median'"
         )
     return found if peaks is None else _with_residuals(found, label, whole, peaks)
+
+
+def residuals_tell(peaks: xr.Dataset, attrs: dict[str, Any]) -> bool:
+    """Whether residuals of these peaks say how alike patterns are, for lattices with these attributes.
+
+    Not those of vectors of real space, nor of fits whose weights are not known any more.
+    """
+    by_intensity = str(attrs.get("weighting", "sigma")).startswith("intensity")
+    return not (in_real_space(peaks) or by_intensity)
 
 
 def peak_arrays(peaks: xr.Dataset, attrs: dict[str, Any]) -> list[xr.DataArray]:

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from . import cepstral, schema
+from . import schema
 from .crystal import Crystal
 from .kernels.ellipse import Ellipse, undistort_lattice
 from .kernels.residuals import residual_ratio
@@ -39,6 +39,7 @@ from .pipeline_reference import (
     lattice_numbers,
     onto_crystal,
     peak_arrays,
+    residuals_tell,
 )
 
 Array = NDArray[np.float64]
@@ -289,12 +290,8 @@ def compare_with_truth(strain: xr.Dataset, truth: xr.Dataset) -> dict[str, dict[
 
 
 def _checked_peaks(peaks: xr.Dataset | None, lattice: xr.Dataset) -> xr.Dataset | None:
-    """Peaks that go with `lattice`; None where residuals tell little.
-
-    Those are vectors of real space, and fits whose weights are not known any more.
-    """
-    by_intensity = str(lattice.attrs.get("weighting", "sigma")).startswith("intensity")
-    if peaks is None or cepstral.in_real_space(peaks) or by_intensity:
+    """Peaks that go with `lattice`; None where their residuals tell nothing."""
+    if peaks is None or not residuals_tell(peaks, lattice.attrs):
         return None
     schema.check_variables(peaks, schema.PEAK_VARIABLES, required=["peak_qy", "peak_qx"], where="peaks")
     schema.check_variables(lattice, schema.LATTICE, required=ORIGIN, where="lattice")

@@ -9,12 +9,18 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from .. import plot, schema
-from ..cepstral import in_real_space
 from ..kernels.lattice import fit_lattice
 from ..kernels.residuals import residual_ratio
 from ..kernels.strain import strain_std
 from ..pipeline import compute_strain, virtual_image
-from ..pipeline_reference import Reference, corrected_sigma, find_references, lattice_numbers
+from ..pipeline_reference import (
+    Reference,
+    corrected_sigma,
+    find_references,
+    lattice_numbers,
+    peak_arrays,
+    residuals_tell,
+)
 from ..plot.lines import Position, along_line
 from ..schema import STRAIN_COMPONENTS
 from .sources import Sources
@@ -326,16 +332,17 @@ class Maps:
         if reference is None or reference.residuals is None:
             return np.nan
         origin, g, _ = self.sources.lattice_at(y, x)
-        peaks = self.sources.peaks_at(y, x)
-        sigma = corrected_sigma(peaks["peak_sigma"], self.lattice.attrs)
-        weighed = self.lattice.attrs.get("weighting", "sigma") == "sigma" and np.isfinite(sigma).any()
+        assert self.sources.peaks is not None
+        names = [name for name in schema.PEAK_VARIABLES if name in self.sources.peaks]
+        peaks = self.sources.peaks[names].isel(scan_y=[y], scan_x=x).compute(scheduler="synchronous")
+        qy, qx, *sigma = (a.values for a in peak_arrays(peaks, self.lattice.attrs))  # (1, P)
         ratio = residual_ratio(
-            peaks["peak_qy"][None],
-            peaks["peak_qx"][None],
+            qy,
+            qx,
             reference.residuals,
             g=g[None],
             origin=origin[None],
-            sigma=sigma[None] if weighed else None,
+            sigma=sigma[0] if sigma else None,
             fit_origin=bool(self.lattice.attrs.get("fit_origin", True)),
         )
         return float(ratio[0])
@@ -343,8 +350,7 @@ class Maps:
     def _references(self, region: Region) -> dict[int, Reference]:
         """Reference lattices of a region, with the residuals of their peaks if those are at hand."""
         peaks = self.sources.peaks
-        by_intensity = str(self.lattice.attrs.get("weighting", "sigma")).startswith("intensity")
-        known = peaks is not None and not in_real_space(peaks) and not by_intensity
+        known = peaks is not None and residuals_tell(peaks, self.lattice.attrs)
         if known and region not in self._reference:
             numbers = lattice_numbers(self.lattice)
             self._reference = {region: find_references(self.lattice, region, numbers, peaks)}

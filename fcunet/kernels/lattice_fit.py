@@ -40,7 +40,7 @@ _MIN_EVIDENCE = 18.0
 _CHUNK = 1 << 16  # peaks worked on at once: about 20 arrays of half a MB
 _GROWTH = 1.7  # each round of indexing reaches this much further out
 _RIDGE = 0.5  # pull towards the given lattice while indexing, in peaks
-_TUKEY = 4.685  # cut of the biweight in standard deviations: 95 % efficiency per axis
+TUKEY = 4.685  # cut of the biweight in standard deviations: 95 % efficiency per axis
 _MIN_SIGMA, _MIN_SCALE = 1e-3, 0.01  # px; no peak is better known than that, no scatter taken to be smaller
 _USUAL_STRAIN = 0.04  # standard deviation of strain and rotation that the score expects; breaks ties
 _PRIOR_DOF = 4.0  # weight of the stated sigmas against the scatter of the residuals, in degrees of freedom
@@ -327,7 +327,7 @@ class _Block:
         share = np.maximum(count, 1) / np.maximum(count - 3, 0.5)
         scale2 = row_median(squared, self.used) / (2 * np.log(2)) * share
         floor = np.where(self.has_sigma, 1.0, _MIN_SCALE**2)
-        return squared / (_TUKEY**2 * np.maximum(np.nan_to_num(scale2), floor) * share)[:, None]
+        return squared / (TUKEY**2 * np.maximum(np.nan_to_num(scale2), floor) * share)[:, None]
 
     def _solve(self, weight):
         """One weighted least-squares step from the present lattice, none where it has no solution."""

@@ -188,8 +188,13 @@ def normal_equations(w, h, k, ry, rx):
     wh, wk = w * h, w * k
     s, sh, sk, hh, hk, kk = w.sum(1), wh.sum(1), wk.sum(1), total(wh, h), total(wh, k), total(wk, k)
     normal = np.stack([s, sh, sk, sh, hh, hk, sk, hk, kk], -1).reshape(-1, 3, 3)
-    right = np.stack([total(a, r) for a in (w, wh, wk) for r in (ry, rx)], -1).reshape(-1, 3, 2)
-    return normal, right
+    return normal, right_sides((w, wh, wk), ry, rx)
+
+
+def right_sides(rows, ry, rx):
+    """A^T W r (n, 3, 2) for the weighted rows (w, w h, w k), (n, P) each."""
+    columns = [np.einsum("np,np->n", a, r) for a in rows for r in (ry, rx)]
+    return np.stack(columns, -1).reshape(-1, 3, 2)
 
 
 def invert_symmetric(matrix):

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .lattice_fit import TUKEY
 from .lattice_index import (
     DEFAULT_SPACING,
     invert_symmetric,
     nearest_site,
     normal_equations,
     residuals,
+    right_sides,
     row_median,
     well_posed,
 )
@@ -30,7 +32,6 @@ from .lattice_index import (
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-_CUT = 4.685  # Tukey's, of the robust fit: peaks farther out are not part of the lattice
 _PRIOR_DOF = 1.0  # keeps residuals that agree by chance, where there are few, from meaning too much
 _FEWEST = 0.25  # of the patterns of a reference must show a reflection, else its mean is left out
 _CHUNK = 2**16  # peaks at a time: arrays of half a MB
@@ -249,7 +250,7 @@ def _members(
         scale = row_median(squared, near) / (2 * np.log(2))
         if sigma is not None:
             scale = np.maximum(scale, 1.0)
-        weight = weight * (squared <= _CUT**2 * np.nan_to_num(scale)[:, None])
+        weight = weight * (squared <= TUKEY**2 * np.nan_to_num(scale)[:, None])
         yield _Members(h, k, ry, rx, weight), rows
 
 
@@ -289,20 +290,13 @@ def _inverse(normal: Array, fit_origin: bool) -> tuple[NDArray[np.bool_], Array]
 def _chi2(members: _Members, *vectors: tuple[Array, Array], fit_origin: bool) -> list[_Chi2]:
     """Of vectors (y, x), (n, P) each, at the sites of the peaks."""
     weight, h, k = members.weight, members.h, members.k
-    normal, first = normal_equations(weight, h, k, *vectors[0])
+    normal, _ = normal_equations(weight, h, k, *vectors[0])
     solvable, inverse = _inverse(normal, fit_origin)
     inverse[~solvable] = np.nan
-    out = []
-    for i, (y, x) in enumerate(vectors):
-        wy, wx = weight * y, weight * x
-        right = first if i == 0 else _moments(wy, wx, h, k)
+    rows, out = (weight, weight * h, weight * k), []
+    for y, x in vectors:
+        right = right_sides(rows, y, x)
         taken = np.einsum("nai,nab,nbi->n", right, inverse, right, optimize=True)
-        whole = np.einsum("np,np->n", wy, y) + np.einsum("np,np->n", wx, x)
+        whole = np.einsum("np,np,np->n", weight, y, y) + np.einsum("np,np,np->n", weight, x, x)
         out.append(_Chi2(np.maximum(whole - taken, 0.0), taken))
     return out
-
-
-def _moments(wy: Array, wx: Array, h: Array, k: Array) -> Array:
-    """A^T W r (n, 3, 2) for rows A = (1, h, k)."""
-    columns = [v.sum(1) if i is None else np.einsum("np,np->n", i, v) for i in (None, h, k) for v in (wy, wx)]
-    return np.stack(columns, -1).reshape(-1, 3, 2)

@@ -281,8 +281,8 @@ def shared_shear(signed: ArrayLike) -> Array:
     """Shear that the disks of a pattern share, in units of the dilation that they share.
 
     Of each, (e_xx - e_yy) / 2 and e_xy, standard deviations; a rotation they do not share. Measured on
-    crystals of the training and held-out ones: 0.35 of a dilation without a sign
-    (the network), 0.2 of one with (correlation).
+    crystals of the training and held-out ones: 0.35 of a dilation without a sign (the network), 0.2 of one
+    with (correlation).
     """
     return np.where(np.nan_to_num(np.asarray(signed, dtype=np.float64)) == 0, *_SHEAR)
 
