@@ -122,7 +122,7 @@ class LatticeConfig(_Section):
         "sigma", description="weights of the peaks in the fit"
     )
     sigma_from_scan: bool = Field(
-        True, description="peak_sigma is corrected by how far the peaks of this scan scatter"
+        True, description="errors are learned from how far the peaks of this scan scatter"
     )
     robust: bool = Field(True, description="down-weight outliers (iterated Tukey weights)")
     fit_origin: bool = Field(True, description="fit the origin of each position; no: as measured")

@@ -15,7 +15,7 @@ from . import cepstral, schema
 from .kernels import lattice as kernel
 from .kernels.lattice_several import find_lattices
 from .kernels.lattice_several import fit_lattices as kernel_lattices
-from .kernels.residuals import SigmaCurve, fit_sigma_curve
+from .kernels.residuals import ScatterPrior, SigmaCurve, fit_scatter_prior, fit_sigma_curve
 from .layout import check_whole_peaks
 from .systematic import calibration_residuals
 
@@ -62,9 +62,11 @@ def fit_lattice(
         Without `basis`, at most so many different lattices (grains, phases) are looked for; each position
         gets the one that describes its peaks best, numbered in `lattice_id`. 1: a single crystal.
     sigma_from_scan : bool
-        Correct `peak_sigma` by how far the peaks of this scan scatter about their lattices, in a sample of
-        it, before it weighs them: :func:`fcunet.kernels.residuals.fit_sigma_curve`. The correction is kept in
-        ``attrs["sigma_stated_px"]`` and ``attrs["sigma_factor"]``.
+        Learn errors from how far the peaks of this scan scatter about their lattices, in a sample of it:
+        correct `peak_sigma` before it weighs them (:func:`fcunet.kernels.residuals.fit_sigma_curve`; kept in
+        ``attrs["sigma_stated_px"]`` and ``attrs["sigma_factor"]``), and let the common scatter count beside
+        that of each position (:func:`fcunet.kernels.residuals.fit_scatter_prior`; kept in
+        ``attrs["scatter_prior"]``). Not with weights by intensity.
 
     Returns
     -------
@@ -138,8 +140,8 @@ def fit_lattices(
     if cepstral.in_real_space(peaks):
         options["sigma_from_scan"] = sigma_from_scan
         return [_fit_cepstral(peaks, basis, min_num_peaks, weighting, options)]
-    rescaled = sigma_from_scan and weighting == "sigma" and "peak_sigma" in peaks
-    sample = _sample(peaks) if rescaled or basis is None or origin is None else None
+    learns = sigma_from_scan and not weighting.startswith("intensity")
+    sample = _sample(peaks) if learns or basis is None or origin is None else None
     bases = _common_lattices(sample, basis, origin, max_orientations, int(min_num_peaks))
     found = bases[0]
     arrays = [peaks["peak_qy"], peaks["peak_qx"]]
@@ -161,12 +163,13 @@ def fit_lattices(
     kernel.fit_lattice(nothing, nothing, g=found.g, origin=found.origin, **has, **options)
     known = basis is not None and 1 < len(bases) <= max_lattices
     places = {"max_lattices": int(max_lattices), "in_order": known}
-    curve = None
-    if rescaled and sample is not None:
+    curve = prior = None
+    if learns and sample is not None:
         if origin is not None:
             sample = sample.drop_vars(["origin_qy", "origin_qx"], errors="ignore")
         best = places if known else {"max_lattices": 1, "in_order": False}
-        curve = _sigma_curve(sample, bases, options | best)
+        curve, prior = _scatter_of_scan(sample, bases, options | best)
+    options["scatter_prior"] = prior
     results = xr.apply_ufunc(
         _fit_block,
         *arrays,
@@ -198,6 +201,8 @@ def fit_lattices(
     }
     if curve is not None:
         attrs |= {"sigma_stated_px": curve.sigma.tolist(), "sigma_factor": curve.factor.tolist()}
+    if prior is not None:
+        attrs["scatter_prior"] = list(prior)
     if shared and peaks.attrs.get("shared_dilation_floor"):
         attrs["shared_dilation_floor"] = float(peaks.attrs["shared_dilation_floor"])
     attrs |= _geometry(peaks)
@@ -319,34 +324,43 @@ def _common_lattices(
     )
 
 
-def _sigma_curve(sample: xr.Dataset, bases: list[kernel.Basis], options: dict) -> SigmaCurve | None:
-    """How far the peaks of a sample scatter; None if they are too few to tell."""
+def _scatter_of_scan(
+    sample: xr.Dataset, bases: list[kernel.Basis], options: dict
+) -> tuple[SigmaCurve | None, ScatterPrior | None]:
+    """How far the peaks of a sample scatter, and how alike its patterns are in that; None if too few tell."""
     sample = sample.stack(position=schema.SCAN_DIMS).transpose("position", ...)
     n = sample.sizes["position"]
     # at random: equal steps would fall on few columns of the scan
     chosen = np.sort(np.random.default_rng(0).permutation(n)[:_CURVE_PATTERNS])
     sample = sample.isel(position=chosen)
-    qy, qx, sigma = (sample[name].values for name in ("peak_qy", "peak_qx", "peak_sigma"))
-    optional, rest = ["peak_sigma"], [sigma]
-    if "peak_intensity" in sample:
-        optional, rest = [*optional, "peak_intensity"], [*rest, sample["peak_intensity"].values]
+    qy, qx = sample["peak_qy"].values, sample["peak_qx"].values
+    optional = [name for name in ("peak_sigma", "peak_intensity") if name in sample]
+    rest = [sample[name].values for name in optional]
     if {"origin_qy", "origin_qx"} <= set(sample):
         optional.append("origin")
         rest += [sample[name].values.astype(float) for name in ("origin_qy", "origin_qx")]
+    stated = (
+        sample["peak_sigma"].values if options["weighting"] == "sigma" and "peak_sigma" in sample else None
+    )
     places, curve = int(options["max_lattices"]), None
     for _ in range(_CURVE_ROUNDS):
         found = _fit_block(qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve)
         step = len(found) // places
         vectors = [np.stack(found[i * step : i * step + 6], -1) for i in range(places)]  # (n, 6) each
         origin, g = np.split(np.concatenate(vectors), [2], axis=1)
-        curve = fit_sigma_curve(
-            *(np.tile(v, (places, 1)) for v in (qy, qx, sigma)),
-            g=g.reshape(-1, 2, 2),
-            origin=origin,
-            curve=curve,
-            fit_origin=bool(options.get("fit_origin", True)),
-        )
-    return curve
+        lattices: dict[str, Any] = {
+            "g": g.reshape(-1, 2, 2),
+            "origin": origin,
+            "fit_origin": bool(options.get("fit_origin", True)),
+        }
+        y, x = (np.tile(v, (places, 1)) for v in (qy, qx))
+        if stated is None:
+            return None, fit_scatter_prior(y, x, **lattices)
+        sigma = np.tile(stated, (places, 1))
+        curve = fit_sigma_curve(y, x, sigma, curve=curve, **lattices)
+    if curve is not None:
+        sigma = curve.applied(sigma)
+    return curve, fit_scatter_prior(y, x, sigma=sigma, **lattices)
 
 
 def _sample(peaks: xr.Dataset) -> xr.Dataset:

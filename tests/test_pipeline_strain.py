@@ -402,6 +402,25 @@ def test_fit_lattice__corrects_sigma_about_the_origin_it_uses():
     np.testing.assert_allclose(given.attrs["sigma_factor"], 0.95, atol=0.15)
 
 
+@pytest.mark.parametrize("weighting", ["sigma", "uniform"])
+def test_fit_lattice__lets_the_scatter_of_the_scan_count(weighting):
+    peaks = textured_peaks(0.0)
+    lattice = fit_lattice(peaks, basis=G, weighting=weighting)
+    scale, degrees = lattice.attrs["scatter_prior"]
+    assert scale == pytest.approx(
+        1.0 if weighting == "sigma" else 0.1**2 + 0.03**2, rel=0.1
+    )  # 0.11 was stated
+    assert degrees > 200
+    alone = fit_lattice(peaks, basis=G, weighting=weighting, sigma_from_scan=False)
+    assert "scatter_prior" not in alone.attrs
+    spread = [float((one["covariance"][..., 2, 2] ** 0.5).std()) for one in (lattice, alone)]
+    assert spread[0] < 0.5 * spread[1]
+    lazy = fit_lattice(peaks.chunk(scan_y=5), basis=G, weighting=weighting)
+    xr.testing.assert_allclose(lazy["covariance"].compute(), lattice["covariance"])
+    bright = peaks.assign(peak_intensity=xr.ones_like(peaks["peak_qy"]))
+    assert "scatter_prior" not in fit_lattice(bright, basis=G, weighting="intensity").attrs
+
+
 def test_fit_lattices__corrects_sigma_by_any_of_the_crystals():
     peaks = textured_peaks(0.0)
     absent = 1.37 * G @ np.array([[0.8, 0.6], [-0.6, 0.8]])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -285,15 +285,19 @@ class Maps:
         if view.min_intensity <= 0 or self.sources.peaks is None or not np.isfinite(g).all():
             return origin, g, covariance
         peaks, strong = self.peaks_shown(view)
-        sigma = corrected_sigma(peaks["peak_sigma"], self.lattice.attrs)
+        attrs = self.lattice.attrs
+        sigma = corrected_sigma(peaks["peak_sigma"], attrs)
+        weighting: Literal["sigma", "uniform"] = "sigma" if np.isfinite(sigma).all() else "uniform"
+        as_fitted = weighting == attrs.get("weighting", "sigma") and "scatter_prior" in attrs
         fit = fit_lattice(
             peaks["peak_qy"][strong],
             peaks["peak_qx"][strong],
             g=g,
             origin=origin,
-            sigma=sigma[strong] if np.isfinite(sigma).all() else None,
-            weighting="sigma" if np.isfinite(sigma).all() else "uniform",
+            sigma=sigma[strong] if weighting == "sigma" else None,
+            weighting=weighting,
             min_num_peaks=3,
+            scatter_prior=tuple(attrs["scatter_prior"]) if as_fitted else None,
         )
         return fit.origin, fit.g, fit.covariance
 

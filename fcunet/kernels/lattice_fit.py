@@ -44,6 +44,7 @@ TUKEY = 4.685  # cut of the biweight in standard deviations: 95 % efficiency per
 _MIN_SIGMA, _MIN_SCALE = 1e-3, 0.01  # px; no peak is better known than that, no scatter taken to be smaller
 _USUAL_STRAIN = 0.04  # standard deviation of strain and rotation that the score expects; breaks ties
 _PRIOR_DOF = 4.0  # weight of the stated sigmas against the scatter of the residuals, in degrees of freedom
+_BEYOND_CHANCE = 1.5  # standard deviations by which chance may make a pattern look worse than its scan
 
 
 class LatticeFit(NamedTuple):
@@ -72,6 +73,7 @@ def fit_lattice(
     min_num_peaks: int = 5,
     max_strain: float = 0.1,
     max_rotation_degree: float = 10.0,
+    scatter_prior: tuple[float, float] | None = None,
 ) -> LatticeFit:
     """Fit origin, g1 and g2 to the peaks of every position.
 
@@ -103,6 +105,10 @@ def fit_lattice(
         Positions with fewer fitted peaks have no lattice. At least 3.
     max_strain, max_rotation_degree : float
         A lattice that is stretched or turned by more than this against `g` is taken for another one: none.
+    scatter_prior : tuple of 2 float, optional
+        Reduced chi^2 that the patterns have in common, px^2 without `sigma`, and the degrees of freedom that
+        it counts for: :func:`fcunet.kernels.residuals.fit_scatter_prior`. None: 1 and 4 with `sigma`, without
+        that nothing is known in advance.
 
     Returns
     -------
@@ -127,9 +133,12 @@ def fit_lattice(
 
     Covariance: for ``"sigma"`` inv(A^T W A), scaled by (4 + chi^2) / (4 + degrees of freedom): with few peaks
     the stated sigmas count, with many the scatter actually seen. For ``"uniform"`` scaled by the residual
-    variance; for the intensity weightings, which are no inverse variances, the heteroscedasticity-consistent
-    estimate HC2 (MacKinnon and White, J. Econometrics 29, 305 (1985), doi:10.1016/0304-4076(85)90158-7). NaN
-    if there are no degrees of freedom.
+    variance. With `scatter_prior` (s, n) either is scaled by (n s + chi^2) / (n + degrees of freedom), but by
+    no less than the reduced chi^2 without 1.5 standard deviations of chance: a pattern clearly worse than the
+    rest of its scan keeps error bars that say so (limited translation: Efron and Morris,
+    doi:10.1080/01621459.1972.10481215). For the intensity weightings, which are no inverse variances, the
+    heteroscedasticity-consistent estimate HC2 (MacKinnon and White, J. Econometrics 29, 305 (1985),
+    doi:10.1016/0304-4076(85)90158-7). NaN if there are no degrees of freedom.
     """
     fit, _ = fit_and_members(
         qy,
@@ -145,6 +154,7 @@ def fit_lattice(
         min_num_peaks=min_num_peaks,
         max_strain=max_strain,
         max_rotation_degree=max_rotation_degree,
+        scatter_prior=scatter_prior,
     )
     return fit
 
@@ -164,6 +174,7 @@ def fit_and_members(
     min_num_peaks: int = 5,
     max_strain: float = 0.1,
     max_rotation_degree: float = 10.0,
+    scatter_prior: tuple[float, float] | None = None,
 ) -> tuple[LatticeFit, BoolArray]:
     """What :func:`fit_lattice` returns, and which peaks (..., P) are in the fit: a bool array."""
     qy, qx = as_peaks(qy, qx)
@@ -215,6 +226,7 @@ def fit_and_members(
             None if intensity is None else intensity[part],
             weighting,
             fit_origin,
+            scatter_prior,
         )
         block.grow(reduced)
         block.refine(spacing, robust)
@@ -235,8 +247,8 @@ def fit_and_members(
 class _Block:
     """Peaks of some positions on their way to a fit: arrays (n, P), relative to the origin guess."""
 
-    def __init__(self, qy, qx, start, sigma, intensity, weighting, fit_origin):
-        self.start, self.fit_origin = start, fit_origin
+    def __init__(self, qy, qx, start, sigma, intensity, weighting, fit_origin, scatter_prior):
+        self.start, self.fit_origin, self.scatter_prior = start, fit_origin, scatter_prior
         present = np.isfinite(qy) & np.isfinite(qx)
         if weighting.startswith("intensity"):
             present &= intensity > 0
@@ -245,10 +257,11 @@ class _Block:
         self.x = np.where(present, qx - start[:, 1:], 0.0)
         self.radius2 = self.y**2 + self.x**2
         self.weighting = weighting
+        self.stated = weighting == "sigma" and sigma is not None
         self.has_sigma = np.zeros(len(qy), bool)
         self.sigma = np.ones_like(self.y)
         self.weight = present.astype(np.float64)
-        if weighting == "sigma" and sigma is not None:
+        if self.stated:
             known = present & (sigma > 0) & np.isfinite(sigma)
             self.has_sigma = known.any(1)
             typical = row_median(sigma, known)
@@ -397,10 +410,14 @@ class _Block:
             )
             covariance = self.inverse @ middle @ self.inverse
             return np.where((dof > 0)[:, None, None], covariance, np.nan)
-        chi2 = (squared / self.sigma**2).sum(1)
-        prior = np.where(self.has_sigma, _PRIOR_DOF, 0.0)
+        chi2 = (squared / self.variance).sum(1)
+        usual, degrees = self.scatter_prior or (1.0, _PRIOR_DOF if self.stated else 0.0)
+        prior = np.where(self.has_sigma | (not self.stated), degrees, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scale = np.where(prior + dof > 0, (prior + chi2) / (prior + dof), np.nan)
+            scale = np.where(prior + dof > 0, (prior * usual + chi2) / (prior + dof), np.nan)
+            if self.scatter_prior is not None:
+                chance = np.sqrt(2 / dof + 2 / dof**2)  # of the logarithm of chi^2
+                scale = np.fmax(scale, chi2 / dof * np.exp(-_BEYOND_CHANCE * chance))
         return self.inverse * scale[:, None, None]
 
 

@@ -4,6 +4,10 @@ How large they are. What a detector states of a peak holds on average over many 
 disks may scatter by twice as much and strong ones by half, which shows in the residuals of many patterns
 (:func:`fit_sigma_curve`). Weights and error bars are right only where that is known.
 
+How much that differs from one pattern to the next. The scatter about one lattice has chance in it: 40 disks
+tell their error to a tenth. Where the patterns of a scan differ by no more than chance, their common scatter
+is the better figure for each (:func:`fit_scatter_prior`).
+
 And how much two patterns have in common. A disk lit unevenly is found beside its middle, in every pattern
 like this one by the same amount: no error of a strain between two such patterns, although it is one of each
 lattice. Two patterns tell how alike they are by their residuals, reflection by reflection
@@ -16,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import digamma, polygamma
 
 from .lattice_fit import TUKEY
 from .lattice_index import (
@@ -34,11 +39,14 @@ IntArray = NDArray[np.int64]
 
 _PRIOR_DOF = 1.0  # keeps residuals that agree by chance, where there are few, from meaning too much
 _FEWEST = 0.25  # of the patterns of a reference must show a reflection, else its mean is left out
+_LEAST_CHI2 = 1e-12  # reduced; that of exact vectors has no logarithm
 _CHUNK = 2**16  # peaks at a time: arrays of half a MB
 _BIN, _MOST_BINS = 100, 8  # peaks that one factor of a curve is fitted to, at least; and how many of those
 _FREE = 0.8  # a peak that decides the fit by more than this has no residual worth the name
 _FAR = 12.0  # times the median: squared residuals beyond count as that
 _FACTORS = (0.25, 4.0)  # what a scan may correct stated errors by
+_FEWEST_PATTERNS = 8  # that say how much scatter differs between patterns
+_PRIOR_DEGREES = np.geomspace(4.0, 1000.0, 100)  # that scatter in common may count for
 
 
 class SigmaCurve(NamedTuple):
@@ -53,6 +61,13 @@ class SigmaCurve(NamedTuple):
         with np.errstate(divide="ignore", invalid="ignore"):
             factor = np.exp(np.interp(np.log(sigma), np.log(self.sigma), np.log(self.factor)))
         return np.asarray(sigma * factor)
+
+
+class ScatterPrior(NamedTuple):
+    """Scatter that the patterns of a scan have in common."""
+
+    scale: float  # reduced chi^2; px^2 where no standard deviations were stated
+    degrees: float  # of freedom that it counts for: many where patterns differ by chance alone
 
 
 class SiteResiduals(NamedTuple):
@@ -127,6 +142,61 @@ def fit_sigma_curve(
         knots.append(np.exp(np.log(own[part]).mean()))
         factors.append(np.clip(np.sqrt(values.mean()), *_FACTORS))
     return SigmaCurve(np.array(knots), np.array(factors))
+
+
+def fit_scatter_prior(
+    qy: ArrayLike,
+    qx: ArrayLike,
+    *,
+    g: ArrayLike,
+    origin: ArrayLike,
+    sigma: ArrayLike | None = None,
+    fit_origin: bool = True,
+) -> ScatterPrior | None:
+    """What is known of the scatter about a lattice before its pattern is seen, from patterns of its scan.
+
+    Parameters
+    ----------
+    qy, qx : array_like, shape (n, P)
+        Peaks of n patterns, px, NaN-padded.
+    g, origin : array_like, shape (n, 2, 2) and (n, 2)
+        Lattices that were fitted to them, px; NaN where there is none.
+    sigma : array_like, shape (n, P), optional
+        Standard deviations that weighted the fit, px. None: all alike.
+    fit_origin : bool
+        The origin was fitted as well.
+
+    Returns
+    -------
+    ScatterPrior or None
+        None with less than 8 lattices.
+
+    Notes
+    -----
+    Reduced chi^2 of patterns with the same errors scatter by chance alone: their logarithms by trigamma(d/2),
+    with d degrees of freedom. What they scatter more is how much the patterns differ: trigamma of half the
+    degrees of freedom of the prior (Smyth, doi:10.2202/1544-6115.1027, section 6.2).
+    """
+    chi2, freedom = [], []
+    for members, _ in _members(qy, qx, g, origin, sigma):
+        (own,) = _chi2(members, (members.ry, members.rx), fit_origin=fit_origin)
+        chi2.append(own.left)
+        freedom.append(2.0 * (members.weight > 0).sum(1) - (6 if fit_origin else 4))
+    left, d = (np.concatenate(v) if v else np.zeros(0) for v in (chi2, freedom))
+    known = np.isfinite(left) & (d > 0)
+    left, d = left[known], d[known]
+    if len(d) < _FEWEST_PATTERNS:
+        return None
+    fall = digamma(d / 2) - np.log(d / 2)  # of the mean logarithm below that of the mean, by chance
+    level = np.log(np.maximum(left / d, _LEAST_CHI2)) - fall
+    variance, chance = level.var(ddof=1), polygamma(1, d / 2).mean()
+    degrees = float(np.interp(chance - variance, -polygamma(1, _PRIOR_DEGREES / 2), _PRIOR_DEGREES))
+    # residuals that are the same in all patterns scatter by less than chance
+    mean = level.mean() + (1 - min(1.0, variance / chance)) * fall.mean()
+    scale = float(np.exp(mean + digamma(degrees / 2) - np.log(degrees / 2)))
+    if sigma is not None:
+        scale = float(np.clip(scale, *np.square(_FACTORS)))
+    return ScatterPrior(scale, degrees)
 
 
 def mean_residuals(

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from fcunet.kernels.lattice import fit_lattice
-from fcunet.kernels.residuals import SigmaCurve, fit_sigma_curve, mean_residuals, residual_ratio
+from fcunet.kernels.residuals import (
+    SigmaCurve,
+    fit_scatter_prior,
+    fit_sigma_curve,
+    mean_residuals,
+    residual_ratio,
+)
 
 G = np.array([[20.0, 1.0], [-1.0, 22.0]])
 ORIGIN = np.array([128.0, 127.0])
@@ -162,3 +168,66 @@ def test_fit_sigma_curve__of_equal_errors_is_one_factor():
     curve = fit_sigma_curve(qy, qx, sigma, **found)
     assert len(curve.factor) == 1
     assert curve.factor[0] == pytest.approx(np.sqrt((1 + 4) / 2), rel=0.05)
+
+
+def scattering(n, level, *, seed=3):
+    """Patterns (n of them) whose errors are `level` (n,) times 0.1 px, stated as 0.1 px."""
+    return patterns(level[:, None, None] * draw(n, 0.1, seed=seed))
+
+
+def test_scatter_prior__counts_for_much_where_patterns_differ_by_chance_alone():
+    prior = fit_scatter_prior(**scattering(400, np.ones(400)))
+    assert prior.scale == pytest.approx(1, abs=0.02)
+    assert prior.degrees > 500  # a pattern has 92
+    found = scattering(400, np.full(400, 0.7))
+    found.pop("sigma")  # then in px^2
+    assert fit_scatter_prior(**found).scale == pytest.approx(0.07**2, rel=0.03)
+
+
+@pytest.mark.parametrize("degrees", [10, 40])
+def test_scatter_prior__counts_for_as_much_as_patterns_are_alike(degrees):
+    variance = 2 * degrees / np.random.default_rng(5).chisquare(degrees, 1500)
+    prior = fit_scatter_prior(**scattering(1500, np.sqrt(variance)))
+    assert prior.degrees == pytest.approx(degrees, rel=0.25)
+    assert prior.scale == pytest.approx(2, rel=0.05)
+
+
+def test_scatter_prior__is_of_eight_patterns_at_least():
+    found = scattering(8, np.ones(8))
+    assert fit_scatter_prior(**found) is not None
+    assert fit_scatter_prior(**part(found, slice(0, 7))) is None
+    found["g"][3] = np.nan
+    assert fit_scatter_prior(**found) is None
+
+
+def test_scatter_prior__of_exact_vectors_is_next_to_nothing():
+    found = scattering(20, np.zeros(20))
+    found.pop("sigma")
+    assert 0 <= fit_scatter_prior(**found).scale < 1e-9
+
+
+def z_of(fit):
+    """Errors of g1 and g2 in units of their error bars."""
+    std = np.sqrt(fit.covariance[:, 2:, 2:].diagonal(axis1=1, axis2=2))
+    return (fit.g - G).reshape(-1, 4) / std
+
+
+def test_fit_lattice__with_a_scatter_prior_few_peaks_have_fair_error_bars():
+    q = ORIGIN + SITES @ G + draw(3000, 0.1)
+    qy, qx = np.moveaxis(q[:, [8, 16, 24, 25, 31]], -1, 0)  # five peaks: four degrees of freedom
+    given = {"g": G, "origin": ORIGIN, "weighting": "uniform", "robust": False}
+    alone, together = (fit_lattice(qy, qx, **given, scatter_prior=p) for p in (None, (0.1**2, 500.0)))
+    np.testing.assert_array_equal(alone.g, together.g)
+    shares = [[(np.abs(z_of(f)) < k).mean() for k in (1, 2)] for f in (alone, together)]
+    assert shares[0][0] < 0.65
+    assert shares[0][1] < 0.90
+    np.testing.assert_allclose(shares[1], (0.683, 0.954), atol=0.02)
+
+
+def test_fit_lattice__a_pattern_worse_than_its_scan_keeps_wide_error_bars():
+    level = np.r_[np.ones(200), np.full(200, 4.0)]
+    found = scattering(400, level)
+    given = {"g": G, "origin": ORIGIN, "sigma": found["sigma"], "scatter_prior": (1.0, 1000.0)}
+    z = z_of(fit_lattice(found["qy"], found["qx"], **given))
+    assert np.std(z[:200]) == pytest.approx(1, abs=0.08)
+    assert 1.05 < np.std(z[200:]) < 1.25  # 2.6 if they were taken for the rest
