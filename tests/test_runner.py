@@ -333,7 +333,7 @@ def wait_for_blocks(process, out, n):
     return False
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(1), pytest.param(12, marks=pytest.mark.slow)])
 def test_run__killed_at_any_moment_ends_with_the_same_bytes(kills, finished, store, client, tmp_path):
     out = tmp_path / "run"
     rng = np.random.default_rng(kills)

@@ -17,6 +17,7 @@ from fcunet.emd import py4dstem_strain
 from fcunet.store import Layout, open_peaks, read_status, write_datacube
 
 METHODS = ("correlation", "fcunet")
+EITHER_SLOW = ("correlation", pytest.param("fcunet", marks=pytest.mark.slow))  # seconds each
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_empty_patterns__stop_the_run_with_a_sentence(run):
         run(datacube)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EITHER_SLOW)
 def test_one_empty_pattern__is_nan_among_good_ones(run, method):
     tree = run(draw_datacube((2, 6)), method)  # position (0, 0) is empty
     assert not tree["strain/valid"].values[0, 0]
@@ -88,7 +89,7 @@ def test_zero_probe__can_be_set_aside(run):
     assert run(datacube, use_stored_probe=False)["strain/valid"].values.ravel()[1:].all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EITHER_SLOW)
 def test_nan_in_float_data__costs_its_own_pixels_only(run, method):
     datacube = draw_datacube((2, 6), dtype=np.float32)
     datacube["intensity"].values[1, 2, 10:12, 10:12] = np.nan
@@ -99,7 +100,7 @@ def test_nan_in_float_data__costs_its_own_pixels_only(run, method):
     assert np.isfinite(tree["diffraction/mean"].values).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EITHER_SLOW)
 @pytest.mark.parametrize(("scan", "frame"), [((1, 6), 64), ((6, 1), 64), ((2, 3), 61)])
 def test_one_row_one_column_or_an_odd_detector__goes_through(run, method, scan, frame):
     tree = run(draw_datacube(scan, frame), method, report=method == "correlation" and scan[0] == 1)
@@ -133,6 +134,7 @@ def test_a_store_of_a_newer_version__asks_for_an_upgrade(run):
         run(draw_datacube((2, 4)), damage=damage)
 
 
+@pytest.mark.slow
 def test_a_full_disk__says_so_and_leaves_the_scan_alone(tmp_path):
     """A file-size limit of the operating system stands for the full disk: the same OSError path."""
     store = write_datacube(tmp_path / "scan.zarr", draw_datacube((4, 8)))
