@@ -72,7 +72,8 @@ def find_references(
     Raises
     ------
     ValueError
-        If the first group has no reference, or `reference` cannot be understood.
+        If no group has such a reference, the first does not lie on given vectors, or `reference` cannot be
+        understood.
     """
     if isinstance(reference, str) and reference not in WORDS:
         raise ValueError(
@@ -84,6 +85,7 @@ def find_references(
     whole = lattice[names].compute()
     numbers = [int(n) for n in np.unique(member.values) if n > 0]
     found: dict[int, Reference] = {}
+    refused: list[ValueError] = []
     label = np.zeros(member.shape, dtype=np.int64)
     for number in numbers or [1]:
         group = member == number
@@ -91,11 +93,16 @@ def find_references(
             continue
         own: Any = whole.where(group) if len(numbers) > 1 else whole
         own.attrs = dict(lattice.attrs)
+        bases = lattice.attrs.get("bases_px", [])
+        if number <= len(bases):
+            own.attrs["basis_px"] = bases[number - 1]
         try:
             found[number] = _reference(own, reference)
-        except ValueError:
-            if number == min(numbers, default=1) or isinstance(reference, str):
-                raise
+        except ValueError as error:
+            refused.append(error)
+            instead = found or np.shape(reference) == (4,)
+            if isinstance(reference, str) or not instead or len(refused) == max(len(numbers), 1):
+                raise refused[0] from None
             found[number] = _reference(own, "median")
         if found[number].used is not None:
             label[found[number].used] = number

@@ -78,8 +78,8 @@ def compute_strain(
         again; ``"weighted_median"``: each position counts by the inverse of its variance; ``"grain"``: of
         each grain on its own (NaN where a grain has fewer than 4 positions); (y0, y1, x0, x1): over that part
         of the scan, or all positions of a lattice that is not there;
-        ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken
-        as exact.
+        ((g1_y, g1_x), (g2_y, g2_x)): any two vectors of a known lattice in px, taken as exact; of another
+        crystal of the scan, on which they do not lie, the median.
     crystal : str or Crystal, optional
         Absolute strain, against an ideal crystal: its cell or CIF file, as for
         :func:`fcunet.crystal.read_crystal`. It is turned in the plane onto the lattice that `reference` says,

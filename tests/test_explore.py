@@ -195,6 +195,27 @@ def test_explorer__a_dilation_shared_with_the_reference_cancels(small_run, chang
     assert bars[1] == pytest.approx(bars[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{"rotation_degree": 0.0}, {"reference": (0, 6, 0, 7)}])
+def test_explorer__reads_another_crystal_against_its_own_reference(small_run, changes):
+    sources = find_sources(small_run[1])
+    lattice = sources.tree["lattice"].to_dataset().load()
+    right, turn = np.arange(10) >= 5, 1.05 * np.array([[0.88, 0.475], [-0.475, 0.88]])  # by 28 degrees
+    for i in (1, 2):
+        g = np.stack([lattice[f"g{i}_{q}"] for q in ("qy", "qx")], -1)
+        g = np.where(right[:, None], g @ turn, g)
+        lattice[f"g{i}_qy"][:], lattice[f"g{i}_qx"][:] = g[..., 0], g[..., 1]
+    lattice["lattice_id"][:, 5:] = 2
+    basis = np.array(lattice.attrs["basis_px"])
+    lattice.attrs["bases_px"] = [basis.tolist(), (basis @ turn).tolist()]
+    sources.tree["lattice"] = xr.DataTree(lattice)
+    sources.peaks = None
+    maps, view = Maps(sources), View(position=(3, 7), **changes)
+    for name, (value, std) in maps.strain_at(view).items():
+        assert value == pytest.approx(float(maps.strain(view)[name][3, 7]), abs=1e-9)
+        assert abs(value) < 0.01
+        assert np.isfinite(std)
+
+
 def test_explorer__takes_an_elliptical_distortion_out_of_the_position_shown(sources, small_run):
     distorted = find_sources(small_run[1])
     for group in ("lattice", "strain"):

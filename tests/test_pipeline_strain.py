@@ -633,6 +633,39 @@ def test_fit_lattices__without_knowing_them_the_best_comes_first():
     xr.testing.assert_equal(single["g1_qy"], first["g1_qy"])
 
 
+TURNED = 1.05 * G @ np.array([[0.88, 0.475], [-0.475, 0.88]])  # by 28 degrees
+
+
+def two_crystals():
+    """G on the left, TURNED on the right, whose last columns are strained by 1 %."""
+    F = np.tile(np.eye(2), (*SHAPE, 1, 1))
+    right_F = F.copy()
+    right_F[:, 8:, 1, 1] += 0.01
+    left, right = make_peaks(noise=0.05, F=F), make_peaks(noise=0.05, seed=1, F=right_F, g=TURNED)
+    names = ["peak_qy", "peak_qx", "peak_intensity", "peak_sigma"]
+    at = left["scan_x"]
+    one = xr.concat([left[names].where(at < at[5]), right[names].where(at >= at[5])], "peak")
+    return one.assign_attrs(left.attrs).assign_coords(left.coords)
+
+
+@pytest.mark.parametrize("region", [(0, 8, 5, 8), (0, 8, 2, 8)])  # the left crystal is in the second only
+def test_compute_strain__each_crystal_has_its_own_reference_in_a_region(region):
+    lattice = fit_lattice(two_crystals(), basis=[G, TURNED])
+    np.testing.assert_array_equal(lattice["lattice_id"], np.tile(1 + (np.arange(10) >= 5), (8, 1)))
+    e_xx = compute_strain(lattice, reference=region)["e_xx"]
+    np.testing.assert_allclose(e_xx[:, :8], 0, atol=6e-4)
+    np.testing.assert_allclose(e_xx[:, 8:], 0.01, atol=6e-4)
+
+
+def test_compute_strain__against_vectors_another_crystal_keeps_its_median():
+    lattice = fit_lattice(two_crystals(), basis=[G, TURNED])
+    strain = compute_strain(lattice, reference=G * 1.01)
+    np.testing.assert_allclose(strain["e_xx"][:, :5], 0.01, atol=6e-4)
+    np.testing.assert_allclose(strain["e_xx"][:, 5:8], 0, atol=6e-4)
+    with pytest.raises(ValueError, match="not the lattice that was fitted"):
+        compute_strain(lattice, reference=TURNED)  # the first has to lie on them
+
+
 def test_fit_lattices__are_the_same_lazily():
     peaks = film_on_substrate()
     whole = fit_lattices(peaks, basis=[G, FILM], max_lattices=2)

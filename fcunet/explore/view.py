@@ -151,7 +151,7 @@ class Maps:
     sources: Sources
     virtual: xr.DataArray | None = None
     _strain: dict[Any, xr.Dataset] = field(default_factory=dict)
-    _reference: dict[Region, dict[int, Reference]] = field(default_factory=dict)
+    _reference: dict[Any, dict[int, Reference]] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> list[str]:
@@ -181,9 +181,9 @@ class Maps:
 
     @cached_property
     def lattice(self) -> xr.Dataset:
-        """The lattice vectors of every position, in memory, without their covariance."""
+        """The lattice of every position, and which it is, in memory, without its covariance."""
         lattice = self.sources.tree["lattice"].dataset
-        names = (*schema.LATTICE_PARAMETERS, *schema.SHARED_DILATION)
+        names = (*schema.LATTICE_PARAMETERS, *schema.SHARED_DILATION, "lattice_id")
         return lattice[[n for n in names if n in lattice]].load()
 
     def strain(self, view: View) -> xr.Dataset:
@@ -332,7 +332,7 @@ class Maps:
         y, x = view.position
         if view.reference is None:
             return float(self.stored("residual_ratio")[y, x]) if self.has("residual_ratio") else np.nan
-        reference = self._references(view.reference).get(int(lattice_numbers(self.lattice)[y, x]))
+        reference = self._reference_at(view)
         if reference is None or reference.residuals is None:
             return np.nan
         origin, g, _ = self.sources.lattice_at(y, x)
@@ -351,14 +351,16 @@ class Maps:
         )
         return float(ratio[0])
 
-    def _references(self, region: Region) -> dict[int, Reference]:
-        """Reference lattices of a region, with the residuals of their peaks if those are at hand."""
-        peaks = self.sources.peaks
-        known = peaks is not None and residuals_tell(peaks, self.lattice.attrs)
-        if known and region not in self._reference:
-            numbers = lattice_numbers(self.lattice)
-            self._reference = {region: find_references(self.lattice, region, numbers, peaks)}
-        return self._reference.get(region, {})
+    def _reference_at(self, view: View) -> Reference | None:
+        """Reference of the lattice at the position, with the residuals of its peaks if those are at hand."""
+        key = self.strain_options(view).get("reference", "median")
+        numbers = lattice_numbers(self.lattice)
+        if key not in self._reference:
+            peaks = self.sources.peaks
+            known = peaks is not None and residuals_tell(peaks, self.lattice.attrs)
+            measured = peaks if known and view.reference is not None else None
+            self._reference = {key: find_references(self.lattice, key, numbers, measured)}
+        return self._reference[key].get(int(numbers[view.position]))
 
     def _of_lattice(self, view: View, g: Array, covariance: Array) -> tuple[dict, dict]:
         """Strain and its error bars of some lattices (n, 2, 2), against the reference of `view`."""
@@ -373,12 +375,14 @@ class Maps:
 
         attrs = self.strain(view).attrs
         ellipse = Ellipse(attrs.get("ellipse_ratio", 1.0), attrs.get("ellipse_angle_degree", 0.0))
-        g_ref = np.array([attrs["g1_ref_px"], attrs["g2_ref_px"]], dtype=float)  # as measured
-        g_ref, _ = undistort_lattice(g_ref, None, ellipse)
+        reference = self._reference_at(view)
+        assert reference is not None  # there is a lattice
+        g_ref, _ = undistort_lattice(reference.g, None, ellipse)
+        of_ref = attrs.get("shared_dilation_ref") if view.reference is None else reference.dilation
         ratio = self.residual_ratio_at(view)
         std, signed = self.sources.shared_dilation_at(*view.position)
         floor = float(self.lattice.attrs.get("shared_dilation_floor", 0.0))
-        left = shared_dilation_left(std, signed, attrs.get("shared_dilation_ref"), ratio, floor=floor)
+        left = shared_dilation_left(std, signed, of_ref, ratio, floor=floor)
         covariance = covariance * (ratio**2 if np.isfinite(ratio) else 1.0)
         covariance = with_shared_strain(covariance, g, left, signed)
         g, undistorted = undistort_lattice(g, covariance, ellipse)
