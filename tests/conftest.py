@@ -44,10 +44,13 @@ def small_run(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """Runs in this process write no report: drawing its figures takes longer than such a run."""
+    """Runs in this process write no report, nor that of Dask: drawing them takes longer than such a run."""
+    from contextlib import nullcontext
+
     from fcunet import runner
 
     monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+    monkeypatch.setattr(runner, "dask_report", lambda client, path: nullcontext())
 
 
 @pytest.fixture

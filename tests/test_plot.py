@@ -60,7 +60,8 @@ EVERY = (
     "strain", "error_bars", "virtual", "truth", "numbers", "bragg_vector_map",
     "profile", "orientations", "grains",
 )  # fmt: skip
-DRAWN = [(name, kind) for name in EVERY for kind in ("row", "missing")]
+DRAWN = [(name, "missing") for name in EVERY]
+DRAWN += [pytest.param(name, "row", marks=pytest.mark.slow) for name in EVERY]
 DRAWN += [
     ("profile", "map"),
     ("grains", "map"),

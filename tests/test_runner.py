@@ -349,6 +349,7 @@ def test_run__killed_at_any_moment_ends_with_the_same_bytes(kills, finished, sto
     assert not list(out.rglob("*.partial*"))
 
 
+@pytest.mark.slow
 def test_run__sigterm_drains_and_says_how_to_go_on(finished, store, client, tmp_path):
     out = tmp_path / "run"
     process = start(store, out, tmp_path, wait=0.3)

@@ -16,8 +16,7 @@ from fcunet.config import Config
 from fcunet.emd import py4dstem_strain
 from fcunet.store import Layout, open_peaks, read_status, write_datacube
 
-METHODS = ("correlation", "fcunet")
-EITHER_SLOW = ("correlation", pytest.param("fcunet", marks=pytest.mark.slow))  # seconds each
+METHODS = ("correlation", pytest.param("fcunet", marks=pytest.mark.slow))  # seconds each
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +26,12 @@ def client():
 
 
 @pytest.fixture
-def run(tmp_path, client, blank_pictures, monkeypatch):
+def run(tmp_path, client, blank_pictures, request):
     """Write a dataset and run it, without a report unless one is asked for; returns the results."""
 
     def write_and_run(datacube, method="correlation", *, layout=None, damage=None, report=False, **settings):
         if not report:
-            monkeypatch.setattr(runner, "_write_report", lambda out: out / "report.html")
+            request.getfixturevalue("no_report")
         store = write_datacube(tmp_path / "scan.zarr", datacube, layout=layout)
         if damage is not None:
             damage(store)
@@ -69,7 +68,7 @@ def test_empty_patterns__stop_the_run_with_a_sentence(run):
         run(datacube)
 
 
-@pytest.mark.parametrize("method", EITHER_SLOW)
+@pytest.mark.parametrize("method", METHODS)
 def test_one_empty_pattern__is_nan_among_good_ones(run, method):
     tree = run(draw_datacube((2, 6)), method)  # position (0, 0) is empty
     assert not tree["strain/valid"].values[0, 0]
@@ -89,7 +88,7 @@ def test_zero_probe__can_be_set_aside(run):
     assert run(datacube, use_stored_probe=False)["strain/valid"].values.ravel()[1:].all()
 
 
-@pytest.mark.parametrize("method", EITHER_SLOW)
+@pytest.mark.parametrize("method", METHODS)
 def test_nan_in_float_data__costs_its_own_pixels_only(run, method):
     datacube = draw_datacube((2, 6), dtype=np.float32)
     datacube["intensity"].values[1, 2, 10:12, 10:12] = np.nan
@@ -100,7 +99,7 @@ def test_nan_in_float_data__costs_its_own_pixels_only(run, method):
     assert np.isfinite(tree["diffraction/mean"].values).all()
 
 
-@pytest.mark.parametrize("method", EITHER_SLOW)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("scan", "frame"), [((1, 6), 64), ((6, 1), 64), ((2, 3), 61)])
 def test_one_row_one_column_or_an_odd_detector__goes_through(run, method, scan, frame):
     tree = run(draw_datacube(scan, frame), method, report=method == "correlation" and scan[0] == 1)

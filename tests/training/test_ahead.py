@@ -85,6 +85,7 @@ class Losing(Counting):
         return Lost(self.error) if drawn[0] < self.lost else drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionRefusedError, EOFError, RuntimeError])
 def test_batch__goes_on_with_the_next_one_where_some_are_lost(error):
     source = DrawnAhead([partial(Losing, error, 3)], 2)
