@@ -66,7 +66,8 @@ def fit_lattice(
         correct `peak_sigma` before it weighs them (:func:`fcunet.kernels.residuals.fit_sigma_curve`; kept in
         ``attrs["sigma_stated_px"]`` and ``attrs["sigma_factor"]``), and let the common scatter count beside
         that of each position (:func:`fcunet.kernels.residuals.fit_scatter_prior`; kept in
-        ``attrs["scatter_prior"]``). Not with weights by intensity.
+        ``attrs["scatter_prior"]``; of a robust fit only, any other has outliers in it). Not with weights by
+        intensity. The sample is of few blocks: another chunking may change error bars by some percent.
 
     Returns
     -------
@@ -328,6 +329,8 @@ def _scatter_of_scan(
     sample: xr.Dataset, bases: list[kernel.Basis], options: dict
 ) -> tuple[SigmaCurve | None, ScatterPrior | None]:
     """How far the peaks of a sample scatter, and how alike its patterns are in that; None if too few tell."""
+    if not sample["peak_qy"].size:
+        return None, None
     sample = sample.stack(position=schema.SCAN_DIMS).transpose("position", ...)
     n = sample.sizes["position"]
     # at random: equal steps would fall on few columns of the scan
@@ -342,7 +345,7 @@ def _scatter_of_scan(
     stated = (
         sample["peak_sigma"].values if options["weighting"] == "sigma" and "peak_sigma" in sample else None
     )
-    places, curve = int(options["max_lattices"]), None
+    places, curve, sigma = int(options["max_lattices"]), None, None
     for _ in range(_CURVE_ROUNDS):
         found = _fit_block(qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve)
         step = len(found) // places
@@ -355,10 +358,12 @@ def _scatter_of_scan(
         }
         y, x = (np.tile(v, (places, 1)) for v in (qy, qx))
         if stated is None:
-            return None, fit_scatter_prior(y, x, **lattices)
+            break
         sigma = np.tile(stated, (places, 1))
         curve = fit_sigma_curve(y, x, sigma, curve=curve, **lattices)
-    if curve is not None:
+    if not options.get("robust", True):
+        return curve, None
+    if curve is not None and sigma is not None:
         sigma = curve.applied(sigma)
     return curve, fit_scatter_prior(y, x, sigma=sigma, **lattices)
 

@@ -33,6 +33,7 @@ class Reference(NamedTuple):
     origin: str  # in words
     used: NDArray[np.bool_] | None = None  # (scan_y, scan_x) positions it was taken from
     residuals: SiteResiduals | None = None  # of its peaks; None: not known
+    instead: bool = False  # the median, for a crystal that is not where the reference was asked for
 
 
 def lattice_numbers(lattice: xr.Dataset) -> xr.DataArray:
@@ -72,8 +73,7 @@ def find_references(
     Raises
     ------
     ValueError
-        If no group has such a reference, the first does not lie on given vectors, or `reference` cannot be
-        understood.
+        If no group has such a reference, or `reference` cannot be understood.
     """
     if isinstance(reference, str) and reference not in WORDS:
         raise ValueError(
@@ -100,10 +100,9 @@ def find_references(
             found[number] = _reference(own, reference)
         except ValueError as error:
             refused.append(error)
-            instead = found or np.shape(reference) == (4,)
-            if isinstance(reference, str) or not instead or len(refused) == max(len(numbers), 1):
+            if isinstance(reference, str) or len(refused) == max(len(numbers), 1):
                 raise refused[0] from None
-            found[number] = _reference(own, "median")
+            found[number] = _reference(own, "median")._replace(instead=True)
         if found[number].used is not None:
             label[found[number].used] = number
             found[number] = found[number]._replace(used=None)

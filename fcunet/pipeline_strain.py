@@ -133,11 +133,12 @@ def compute_strain(
     references = find_references(lattice, reference, member, peaks)
     if among is not None and not by_grain:
         elsewhere = find_references(among, reference, lattice_numbers(among), peaks)
-        references |= {number: elsewhere[number] for number in references if number in elsewhere}
+        references |= {n: elsewhere[n] for n in references if n in elsewhere and not elsewhere[n].instead}
     ellipse = Ellipse(
         float(lattice.attrs.get("ellipse_ratio", 1.0)), float(lattice.attrs.get("ellipse_angle_degree", 0.0))
     )
-    first = references[min(references)]
+    asked_for = [number for number in references if not references[number].instead]
+    first = references[min(asked_for)]
     measured_ref, description = first.g, first.origin
     flat = {}
     for number, own in references.items():

@@ -195,9 +195,8 @@ def test_explorer__a_dilation_shared_with_the_reference_cancels(small_run, chang
     assert bars[1] == pytest.approx(bars[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"rotation_degree": 0.0}, {"reference": (0, 6, 0, 7)}])
-def test_explorer__reads_another_crystal_against_its_own_reference(small_run, changes):
-    sources = find_sources(small_run[1])
+def with_another_crystal(sources, reference):
+    """The same results, as if the right half were another crystal and strain relative to `reference`."""
     lattice = sources.tree["lattice"].to_dataset().load()
     right, turn = np.arange(10) >= 5, 1.05 * np.array([[0.88, 0.475], [-0.475, 0.88]])  # by 28 degrees
     for i in (1, 2):
@@ -207,13 +206,27 @@ def test_explorer__reads_another_crystal_against_its_own_reference(small_run, ch
     lattice["lattice_id"][:, 5:] = 2
     basis = np.array(lattice.attrs["basis_px"])
     lattice.attrs["bases_px"] = [basis.tolist(), (basis @ turn).tolist()]
-    sources.tree["lattice"] = xr.DataTree(lattice)
+    strain = compute_strain(lattice, reference=reference)
+    sources.tree["lattice"] = xr.DataTree(lattice.assign(F=strain["F"]))
+    sources.tree["strain"] = xr.DataTree(strain.drop_vars("F"))
     sources.peaks = None
-    maps, view = Maps(sources), View(position=(3, 7), **changes)
-    for name, (value, std) in maps.strain_at(view).items():
-        assert value == pytest.approx(float(maps.strain(view)[name][3, 7]), abs=1e-9)
-        assert abs(value) < 0.01
-        assert np.isfinite(std)
+    return sources
+
+
+@pytest.mark.parametrize("position", [(3, 2), (3, 7)])
+@pytest.mark.parametrize("reference", ["median", "grain", (0, 6, 8, 10)])
+@pytest.mark.parametrize("changes", [{}, {"rotation_degree": 0.0}, {"reference": (0, 6, 0, 7)}])
+def test_explorer__reads_every_crystal_against_its_own_reference(small_run, reference, changes, position):
+    maps = Maps(with_another_crystal(find_sources(small_run[1]), reference))
+    view = View(position=position, **changes)
+    expected = maps.stored if "reference" not in changes else maps.strain(view).__getitem__
+    fitted_anew = view.changed(min_intensity=1e-6)  # from the same peaks, or from none
+    for shown in (view, fitted_anew):
+        for name, (value, std) in maps.strain_at(shown).items():
+            assert value == pytest.approx(float(expected(name)[position]), abs=1e-9)
+            assert value == pytest.approx(float(maps.strain(view)[name][position]), abs=1e-9)
+            assert abs(value) < 0.02
+            assert np.isfinite(std)
 
 
 def test_explorer__takes_an_elliptical_distortion_out_of_the_position_shown(sources, small_run):

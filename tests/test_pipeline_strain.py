@@ -417,6 +417,12 @@ def test_fit_lattice__lets_the_scatter_of_the_scan_count(weighting):
     assert spread[0] < 0.5 * spread[1]
     lazy = fit_lattice(peaks.chunk(scan_y=5), basis=G, weighting=weighting)
     xr.testing.assert_allclose(lazy["covariance"].compute(), lattice["covariance"])
+    fewer = fit_lattice(peaks.chunk(scan_y=2), basis=G, weighting=weighting)  # other patterns are the sample
+    xr.testing.assert_allclose(fewer["covariance"].compute(), lattice["covariance"], rtol=0.15)
+    with_outliers = fit_lattice(peaks, basis=G, weighting=weighting, robust=False)
+    assert "scatter_prior" not in with_outliers.attrs
+    nothing = fit_lattice(peaks.isel(peak=slice(0)), basis=G, origin=(127, 130), weighting=weighting)
+    assert not nothing["n_indexed"].any()
     bright = peaks.assign(peak_intensity=xr.ones_like(peaks["peak_qy"]))
     assert "scatter_prior" not in fit_lattice(bright, basis=G, weighting="intensity").attrs
 
@@ -652,9 +658,12 @@ def two_crystals():
 def test_compute_strain__each_crystal_has_its_own_reference_in_a_region(region):
     lattice = fit_lattice(two_crystals(), basis=[G, TURNED])
     np.testing.assert_array_equal(lattice["lattice_id"], np.tile(1 + (np.arange(10) >= 5), (8, 1)))
-    e_xx = compute_strain(lattice, reference=region)["e_xx"]
-    np.testing.assert_allclose(e_xx[:, :8], 0, atol=6e-4)
-    np.testing.assert_allclose(e_xx[:, 8:], 0.01, atol=6e-4)
+    strain = compute_strain(lattice, reference=region)
+    np.testing.assert_allclose(strain["e_xx"][:, :8], 0, atol=6e-4)
+    np.testing.assert_allclose(strain["e_xx"][:, 8:], 0.01, atol=6e-4)
+    y0, y1, x0, x1 = region
+    assert f"region {y0}:{y1},{x0}:{x1}" in strain.attrs["reference"]
+    np.testing.assert_allclose(strain.attrs["g1_ref_px"], (G if x0 < 5 else TURNED)[0], atol=0.05)
 
 
 def test_compute_strain__against_vectors_another_crystal_keeps_its_median():
@@ -662,8 +671,12 @@ def test_compute_strain__against_vectors_another_crystal_keeps_its_median():
     strain = compute_strain(lattice, reference=G * 1.01)
     np.testing.assert_allclose(strain["e_xx"][:, :5], 0.01, atol=6e-4)
     np.testing.assert_allclose(strain["e_xx"][:, 5:8], 0, atol=6e-4)
+    strain = compute_strain(lattice, reference=TURNED * 1.01)
+    np.testing.assert_allclose(strain["e_xx"][:, :5], 0, atol=6e-4)
+    np.testing.assert_allclose(strain["e_xx"][:, 5:8], 0.01, atol=6e-4)
+    assert strain.attrs["reference"] == "given vectors"
     with pytest.raises(ValueError, match="not the lattice that was fitted"):
-        compute_strain(lattice, reference=TURNED)  # the first has to lie on them
+        compute_strain(lattice, reference=0.6 * G)
 
 
 def test_fit_lattices__are_the_same_lazily():

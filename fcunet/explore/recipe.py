@@ -1,6 +1,7 @@
 """The code that repeats a view, to paste into a notebook."""
 
 from pathlib import Path
+from typing import Any
 
 from ..schema import STRAIN_COMPONENTS
 from .view import DERIVED, DETECTOR, Detector, Maps, View, kind_of
@@ -68,15 +69,23 @@ def _code_of_detector(maps: Maps, ring: Detector, run: str | Path) -> list[str]:
 
 
 def _code_of_map(maps: Maps, view: View) -> list[str]:
-    name = view.shown
+    name, options = view.shown, maps.strain_options(view)
     if view.as_in_run or name not in (*STRAIN_COMPONENTS, *DERIVED):
         for group in ("strain", "lattice", "virtual"):
             if group in maps.sources.tree.children and name in maps.sources.tree[group].dataset:
                 return [f"shown = results[{group!r}][{name!r}]"]
         lines = ["strain = results['strain'].dataset"]
+    elif view.reference is not None:
+        lines = [f"strain = fcunet.compute_strain(results['lattice'].dataset{_arguments(options)})"]
     else:
-        options = ", ".join(f"{k}={v!r}" for k, v in maps.strain_options(view).items())
-        lines = [f"strain = fcunet.compute_strain(results['lattice'].dataset, {options})"]
+        turn: dict[str, Any] = {k: options.pop(k) for k in ("rotation_degree", "transpose") if k in options}
+        lines = [
+            "from fcunet.kernels.strain import rotate_frame, strain_from_F",
+            f"F = rotate_frame(results['lattice']['F'].values{_arguments(turn)})",
+            "strain = results['strain'].dataset",
+            f"turned = strain_from_F(F{_arguments(options)})",
+            "strain = strain.assign({name: strain[name].copy(data=turned[name]) for name in turned})",
+        ]
     if name in DERIVED:
         return [
             *lines,
@@ -85,6 +94,11 @@ def _code_of_map(maps: Maps, view: View) -> list[str]:
             f"shown = strain['e_xx'].copy(data=principal[{name!r}])",
         ]
     return [*lines, f"shown = strain[{name!r}]"]
+
+
+def _arguments(options: dict[str, Any]) -> str:
+    """Keyword arguments, after others."""
+    return "".join(f", {k}={v!r}" for k, v in options.items())
 
 
 def _code_of_thresholds(view: View) -> list[str]:

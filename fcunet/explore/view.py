@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import plot, schema
 from ..kernels.lattice import fit_lattice
 from ..kernels.residuals import residual_ratio
-from ..kernels.strain import strain_std
+from ..kernels.strain import rotate_frame, strain_from_F, strain_std
 from ..pipeline import compute_strain, virtual_image
 from ..pipeline_reference import (
     Reference,
@@ -151,7 +151,7 @@ class Maps:
     sources: Sources
     virtual: xr.DataArray | None = None
     _strain: dict[Any, xr.Dataset] = field(default_factory=dict)
-    _reference: dict[Any, dict[int, Reference]] = field(default_factory=dict)
+    _reference: dict[Region, dict[int, Reference]] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> list[str]:
@@ -195,20 +195,30 @@ class Maps:
         key = (view.reference, view.rotation_degree)
         if key not in self._strain:
             self._strain.clear()
-            strain = compute_strain(self.lattice, **self.strain_options(view))
-            if view.reference is None:  # its vectors are given, but were measured
-                strain.attrs |= {k: v for k, v in run.items() if k == "shared_dilation_ref"}
-            self._strain[key] = strain
+            options = self.strain_options(view)
+            if view.reference is None:
+                self._strain[key] = self._turned(options)
+            else:
+                self._strain[key] = compute_strain(self.lattice, **options)
         return self._strain[key]
 
+    def _turned(self, options: dict[str, Any]) -> xr.Dataset:
+        """The strain of the run along other axes, from its F: every lattice keeps the reference it had."""
+        stored, how = self.sources.tree["strain"].dataset, dict(options)
+        turn = {k: how.pop(k) for k in ("rotation_degree", "transpose") if k in how}
+        F = rotate_frame(self.stored("F").values, **turn)
+        values = {c: stored["e_xx"].copy(data=v) for c, v in strain_from_F(F, **how).items()}
+        return xr.Dataset(values, attrs=stored.attrs | {"frame": "scan"} | turn)
+
     def strain_options(self, view: View) -> dict[str, Any]:
-        """Arguments of `fcunet.compute_strain` that this view asks for, those of the run filled in."""
+        """How strain is computed for this view, what it does not ask for as in the run.
+
+        Arguments of `fcunet.compute_strain`, or, without a reference, of `rotate_frame` and `strain_from_F`.
+        """
         attrs = self.sources.tree["strain"].attrs
         options: dict[str, Any] = {}
         if view.reference is not None:
             options["reference"] = view.reference
-        elif "g1_ref_px" in attrs and "g2_ref_px" in attrs:
-            options["reference"] = (tuple(attrs["g1_ref_px"]), tuple(attrs["g2_ref_px"]))
         for name in ("measure", "convention"):
             if name in attrs:
                 options[name] = attrs[name]
@@ -352,33 +362,36 @@ class Maps:
         return float(ratio[0])
 
     def _reference_at(self, view: View) -> Reference | None:
-        """Reference of the lattice at the position, with the residuals of its peaks if those are at hand."""
-        key = self.strain_options(view).get("reference", "median")
-        numbers = lattice_numbers(self.lattice)
-        if key not in self._reference:
+        """Measured reference of the lattice at the position, with the residuals of its peaks if at hand."""
+        region, numbers = view.reference, lattice_numbers(self.lattice)
+        if region is None:
+            return None
+        if region not in self._reference:
             peaks = self.sources.peaks
             known = peaks is not None and residuals_tell(peaks, self.lattice.attrs)
-            measured = peaks if known and view.reference is not None else None
-            self._reference = {key: find_references(self.lattice, key, numbers, measured)}
-        return self._reference[key].get(int(numbers[view.position]))
+            self._reference = {
+                region: find_references(self.lattice, region, numbers, peaks if known else None)
+            }
+        return self._reference[region].get(int(numbers[view.position]))
 
     def _of_lattice(self, view: View, g: Array, covariance: Array) -> tuple[dict, dict]:
         """Strain and its error bars of some lattices (n, 2, 2), against the reference of `view`."""
         from ..kernels.ellipse import Ellipse, undistort_lattice
-        from ..kernels.strain import (
-            deformation_gradient,
-            rotate_frame,
-            shared_dilation_left,
-            strain_from_F,
-            with_shared_strain,
-        )
+        from ..kernels.strain import deformation_gradient, shared_dilation_left, with_shared_strain
 
         attrs = self.strain(view).attrs
         ellipse = Ellipse(attrs.get("ellipse_ratio", 1.0), attrs.get("ellipse_angle_degree", 0.0))
         reference = self._reference_at(view)
-        assert reference is not None  # there is a lattice
-        g_ref, _ = undistort_lattice(reference.g, None, ellipse)
-        of_ref = attrs.get("shared_dilation_ref") if view.reference is None else reference.dilation
+        if reference is None:  # that of the run: what its F takes to the lattice it found here
+            _, as_found, _ = self.sources.lattice_at(*view.position)
+            as_found, _ = undistort_lattice(as_found, None, ellipse)
+            g_ref, of_ref = (
+                as_found @ self.stored("F").values[view.position],
+                attrs.get("shared_dilation_ref"),
+            )
+        else:
+            g_ref, _ = undistort_lattice(reference.g, None, ellipse)
+            of_ref = reference.dilation
         ratio = self.residual_ratio_at(view)
         std, signed = self.sources.shared_dilation_at(*view.position)
         floor = float(self.lattice.attrs.get("shared_dilation_floor", 0.0))

@@ -138,7 +138,7 @@ def fit_lattice(
     rest of its scan keeps error bars that say so (limited translation: Efron and Morris,
     doi:10.1080/01621459.1972.10481215). For the intensity weightings, which are no inverse variances, the
     heteroscedasticity-consistent estimate HC2 (MacKinnon and White, J. Econometrics 29, 305 (1985),
-    doi:10.1016/0304-4076(85)90158-7). NaN if there are no degrees of freedom.
+    doi:10.1016/0304-4076(85)90158-7). NaN if there are no degrees of freedom and nothing is known in advance.
     """
     fit, _ = fit_and_members(
         qy,

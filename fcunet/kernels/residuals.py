@@ -195,7 +195,9 @@ def fit_scatter_prior(
     mean = level.mean() + (1 - min(1.0, variance / chance)) * fall.mean()
     scale = float(np.exp(mean + digamma(degrees / 2) - np.log(degrees / 2)))
     if sigma is not None:
-        scale = float(np.clip(scale, *np.square(_FACTORS)))
+        limited = float(np.clip(scale, *np.square(_FACTORS)))
+        if limited != scale:  # neither what was stated nor the common scatter is to be trusted much
+            return ScatterPrior(limited, float(_PRIOR_DEGREES[0]))
     return ScatterPrior(scale, degrees)
 
 

@@ -208,6 +208,12 @@ def test_scatter_prior__of_exact_vectors_is_next_to_nothing():
     assert 0 <= fit_scatter_prior(**found).scale < 1e-9
 
 
+def test_scatter_prior__far_from_what_was_stated_counts_for_little():
+    found = scattering(100, np.ones(100))
+    found["sigma"] = found["sigma"] / 50  # stated 0.002 px
+    assert fit_scatter_prior(**found) == (16.0, 4.0)
+
+
 def z_of(fit):
     """Errors of g1 and g2 in units of their error bars."""
     std = np.sqrt(fit.covariance[:, 2:, 2:].diagonal(axis1=1, axis2=2))
