@@ -342,11 +342,11 @@ def _scatter_of_scan(
     if {"origin_qy", "origin_qx"} <= set(sample):
         optional.append("origin")
         rest += [sample[name].values.astype(float) for name in ("origin_qy", "origin_qx")]
-    stated = (
-        sample["peak_sigma"].values if options["weighting"] == "sigma" and "peak_sigma" in sample else None
-    )
-    places, curve, sigma = int(options["max_lattices"]), None, None
-    for _ in range(_CURVE_ROUNDS):
+    places, curve = int(options["max_lattices"]), None
+    y, x = (np.tile(v, (places, 1)) for v in (qy, qx))
+    stated = options["weighting"] == "sigma" and "peak_sigma" in sample
+    sigma = np.tile(sample["peak_sigma"].values, (places, 1)) if stated else None
+    for _ in range(_CURVE_ROUNDS if stated else 1):
         found = _fit_block(qy, qx, *rest, optional=optional, bases=bases, options=options, curve=curve)
         step = len(found) // places
         vectors = [np.stack(found[i * step : i * step + 6], -1) for i in range(places)]  # (n, 6) each
@@ -356,16 +356,12 @@ def _scatter_of_scan(
             "origin": origin,
             "fit_origin": bool(options.get("fit_origin", True)),
         }
-        y, x = (np.tile(v, (places, 1)) for v in (qy, qx))
-        if stated is None:
-            break
-        sigma = np.tile(stated, (places, 1))
-        curve = fit_sigma_curve(y, x, sigma, curve=curve, **lattices)
+        if sigma is not None:
+            curve = fit_sigma_curve(y, x, sigma, curve=curve, **lattices)
     if not options.get("robust", True):
         return curve, None
-    if curve is not None and sigma is not None:
-        sigma = curve.applied(sigma)
-    return curve, fit_scatter_prior(y, x, sigma=sigma, **lattices)
+    corrected = sigma if sigma is None or curve is None else curve.applied(sigma)
+    return curve, fit_scatter_prior(y, x, sigma=corrected, **lattices)
 
 
 def _sample(peaks: xr.Dataset) -> xr.Dataset:

@@ -225,6 +225,7 @@ def test_explorer__reads_every_crystal_against_its_own_reference(small_run, refe
         for name, (value, std) in maps.strain_at(shown).items():
             assert value == pytest.approx(float(expected(name)[position]), abs=1e-9)
             assert value == pytest.approx(float(maps.strain(view)[name][position]), abs=1e-9)
+            assert maps.strain(view)[name].attrs == maps.stored(name).attrs  # its own name and unit
             assert abs(value) < 0.02
             assert np.isfinite(std)
 

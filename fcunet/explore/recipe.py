@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import STRAIN_COMPONENTS
-from .view import DERIVED, DETECTOR, Detector, Maps, View, kind_of
+from .view import DERIVED, DETECTOR, Detector, Maps, View, kind_of, turn_and_measure
 
 
 def code(maps: Maps, view: View, *, run: str | Path | None = None) -> str:
@@ -78,12 +78,12 @@ def _code_of_map(maps: Maps, view: View) -> list[str]:
     elif view.reference is not None:
         lines = [f"strain = fcunet.compute_strain(results['lattice'].dataset{_arguments(options)})"]
     else:
-        turn: dict[str, Any] = {k: options.pop(k) for k in ("rotation_degree", "transpose") if k in options}
+        turn, how = turn_and_measure(options)
         lines = [
             "from fcunet.kernels.strain import rotate_frame, strain_from_F",
             f"F = rotate_frame(results['lattice']['F'].values{_arguments(turn)})",
             "strain = results['strain'].dataset",
-            f"turned = strain_from_F(F{_arguments(options)})",
+            f"turned = strain_from_F(F{_arguments(how)})",
             "strain = strain.assign({name: strain[name].copy(data=turned[name]) for name in turned})",
         ]
     if name in DERIVED:

@@ -144,6 +144,12 @@ def kind_of(name: str) -> MapKind:
     return KINDS.get(name) or MapKind(name.replace("_", " "), "")
 
 
+def turn_and_measure(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `rotate_frame`, and the rest, those of `strain_from_F`."""
+    turn = {k: v for k, v in options.items() if k in ("rotation_degree", "transpose")}
+    return turn, {k: v for k, v in options.items() if k not in turn}
+
+
 @dataclass
 class Maps:
     """The maps of a result under a view; what was computed last is kept."""
@@ -204,10 +210,9 @@ class Maps:
 
     def _turned(self, options: dict[str, Any]) -> xr.Dataset:
         """The strain of the run along other axes, from its F: every lattice keeps the reference it had."""
-        stored, how = self.sources.tree["strain"].dataset, dict(options)
-        turn = {k: how.pop(k) for k in ("rotation_degree", "transpose") if k in how}
+        stored, (turn, how) = self.sources.tree["strain"].dataset, turn_and_measure(options)
         F = rotate_frame(self.stored("F").values, **turn)
-        values = {c: stored["e_xx"].copy(data=v) for c, v in strain_from_F(F, **how).items()}
+        values = {c: stored[c].copy(data=v) for c, v in strain_from_F(F, **how).items()}
         return xr.Dataset(values, attrs=stored.attrs | {"frame": "scan"} | turn)
 
     def strain_options(self, view: View) -> dict[str, Any]:
@@ -385,10 +390,8 @@ class Maps:
         if reference is None:  # that of the run: what its F takes to the lattice it found here
             _, as_found, _ = self.sources.lattice_at(*view.position)
             as_found, _ = undistort_lattice(as_found, None, ellipse)
-            g_ref, of_ref = (
-                as_found @ self.stored("F").values[view.position],
-                attrs.get("shared_dilation_ref"),
-            )
+            g_ref = as_found @ self.stored("F").values[view.position]
+            of_ref = attrs.get("shared_dilation_ref")
         else:
             g_ref, _ = undistort_lattice(reference.g, None, ellipse)
             of_ref = reference.dilation

@@ -61,9 +61,8 @@ def test_residual_ratio__is_what_differences_scatter_by(alike, n):
     assert np.sqrt(np.mean(ratio**2)) == pytest.approx(np.sqrt(expected), rel=0.08)
 
 
-@pytest.mark.parametrize(
-    "missing", [0.0, pytest.param(0.1, marks=pytest.mark.slow), 0.3]
-)  # another lattice then comes of the same texture
+# with reflections missing, another lattice comes of the same texture
+@pytest.mark.parametrize("missing", [0.0, pytest.param(0.1, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.95])
 def test_residual_ratio__makes_error_bars_of_differences_right(alike, missing):
     texture = draw(60, 0.1, seed=1)[:, None]  # 60 crystals, 20 patterns each
